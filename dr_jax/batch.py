@@ -1,7 +1,8 @@
 """`PackedBatch`: the one thing the host hands to the device.
 
-A `NamedTuple` of numpy arrays is a pytree for free, so the host half runs without JAX. Column t of every array speaks of
-token t; the shift by one between a token and the logits that predict it happens once, in `learner.grpo.token_logps`.
+A `NamedTuple` of numpy arrays is a pytree for free, so the host half runs without JAX. Column t of every array speaks
+of token t; the shift by one between a token and the logits that predict it happens once, in
+`learner.grpo.token_logps`.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ class PackedBatch(NamedTuple):
 
 
 def _segments_in_order(segment_bt: np.ndarray) -> np.ndarray:
+    """True for rows such as 1 1 2 2 2 3 0 0, and for all-zero rows."""
     step = np.diff(segment_bt, axis=1, prepend=0)
-    rises = (step == 0) | (step == 1)
-    ends = (segment_bt == 0) & (step < 0)
-    after_end = np.cumsum(ends, axis=1) > 0
-    return ((rises | ends) & (~after_end | (segment_bt == 0)) & (segment_bt >= 0)).all(1)
+    padding = segment_bt == 0
+    padding_to_the_end = (np.diff(padding.astype(np.int8), axis=1) >= 0).all(1)
+    return (padding | (step == 0) | (step == 1)).all(1) & (segment_bt >= 0).all(1) & padding_to_the_end
 
 
 def _require(ok_b: np.ndarray, sentence: str) -> None:

@@ -1,0 +1,96 @@
+"""Packing: what was sampled is what is trained, whatever the row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dr_jax.errors import BatchError
+from dr_jax.records import Call, Episode, Finish, Origin, Question, Role, StopReason
+from dr_jax.rollout.pack import Segment, pack, segments
+
+QUESTION = Question("q", "?", ("a",))
+
+
+def call(prompt, output, *, role=Role.POLICY, parent=None, logp=-0.5) -> Call:
+    return Call(
+        id=0, parent=parent, role=role, prompt=np.array(prompt, np.int32),
+        origin=np.full(len(prompt), Origin.TEMPLATE, np.uint8), output=np.array(output, np.int32),
+        logps=np.full(len(output), logp, np.float32), finish=Finish.STOP, version=0, started_s=0, ended_s=1,
+    )  # fmt: skip
+
+
+def episode(*calls: Call) -> Episode:
+    return Episode(QUESTION, 0, calls, (), StopReason.ANSWERED)
+
+
+def test_a_chain_is_one_segment_and_only_outputs_are_weighted():
+    # prompt 1 2 3 -> 4 5; world adds 6 7 -> 8
+    first, second = call([1, 2, 3], [4, 5], logp=-0.1), call([1, 2, 3, 4, 5, 6, 7], [8], logp=-0.2)
+    (segment,) = segments(episode(first, second), 1.5)
+    assert segment.token.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert segment.weight.tolist() == [0, 0, 0, 1, 1, 0, 0, 1]
+    np.testing.assert_allclose(segment.logp, [0, 0, 0, -0.1, -0.1, 0, 0, -0.2])
+    assert segment.advantage == 1.5
+
+
+def test_a_rebuilt_context_is_a_segment_of_its_own():
+    calls = call([1, 2], [3]), call([9, 2], [4])
+    assert [s.token.tolist() for s in segments(episode(*calls), 0.0)] == [[1, 2, 3], [9, 2, 4]]
+
+
+def test_a_changed_token_in_the_history_is_never_trained_as_if_it_had_been_sampled():
+    # The second prompt holds 7 where 3 was drawn: the chain is broken, so both are kept as they were.
+    calls = call([1, 2], [3]), call([1, 2, 7, 5], [4])
+    assert [s.weight.tolist() for s in segments(episode(*calls), 0.0)] == [[0, 0, 1], [0, 0, 0, 0, 1]]
+
+
+def test_calls_of_other_roles_are_not_trained():
+    assert segments(episode(call([1], [2], role=Role.READER)), 1.0) == ()
+
+
+def test_a_log_probability_a_hair_above_zero_is_clipped():
+    (segment,) = segments(episode(call([1], [2], logp=1e-7)), 1.0)
+    assert segment.logp.max() <= 0
+
+
+def test_too_long_and_too_many_are_errors_that_name_the_setting():
+    long = Segment(np.zeros(9, np.int32), np.zeros(9, np.float32), np.zeros(9, np.float32), 0.0)
+    with pytest.raises(BatchError, match="9 tokens.*config.batch"):
+        pack([long], rows=1, row_tokens=8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 16), max_size=20))
+def test_pack_then_read_back_is_the_identity(lengths):
+    made = []
+    for index, length in enumerate(lengths):
+        token = np.arange(length, dtype=np.int32) + 100 * index
+        weight = (np.arange(length) % 2).astype(np.float32)
+        made.append(Segment(token, weight, -weight, float(index)))
+    batch = pack(made, rows=20, row_tokens=16)
+    batch.check()
+    read = {}
+    for row in range(20):
+        for number in range(1, batch.segment_bt[row].max() + 1):
+            at = batch.segment_bt[row] == number
+            read[batch.token_bt[row][at].tobytes()] = (batch.weight_bt[row][at], batch.advantage_bt[row][at])
+    assert len(read) == len(made)
+    for segment in made:
+        weight, advantage = read[segment.token.tobytes()]
+        np.testing.assert_array_equal(weight, segment.weight)
+        assert (advantage == segment.advantage).all()
+
+
+def test_rows_fill_from_the_top_so_that_the_rest_of_the_batch_is_padding():
+    made = [Segment(np.ones(8, np.int32), np.zeros(8, np.float32), np.zeros(8, np.float32), 0.0)] * 3
+    assert (pack(made, rows=6, row_tokens=16).segment_bt.max(1) > 0).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
