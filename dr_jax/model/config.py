@@ -136,7 +136,7 @@ def _qwen2_5(num_layers: int, d_model: int, d_ff: int, num_heads: int, num_kv_he
     )
 
 
-# The published instruct models (https://huggingface.co/Qwen); base models differ in max_positions and, above 7B, rms_eps.
+# The published instruct models. Base models differ in max_positions and, from 14B up, in rms_eps (1e-5).
 QWEN2_5: Mapping[str, ModelConfig] = {
     "0.5B": _qwen2_5(24, 896, 4864, 14, 2, tied=True),
     "1.5B": _qwen2_5(28, 1536, 8960, 12, 2, tied=True),

@@ -5,8 +5,8 @@
     s positions (key side)     g query heads per kv head   l layers
     d model width              h head width
 
-`Rules` is the sharding table of a config: which mesh axis each letter is spread over. Whatever is not in the table, does
-not divide, or would use a mesh axis twice raises `ConfigError`; nothing is silently replicated.
+`Rules` is the sharding table of a config: which mesh axis each letter is spread over. Whatever is not in the table,
+does not divide, or would use a mesh axis twice raises `ConfigError`; nothing is silently replicated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Table = Mapping[str, Axes]
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Letter -> mesh axes, for weights and for activations (which may differ: FSDP shards `d` of weights, `b` of data)."""
+    """Letter -> mesh axes. Weights and activations may differ: FSDP spreads `d` of weights and `b` of activations."""
 
     weights: Table
     activations: Table
@@ -109,10 +109,8 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-_WORDS = dict(
-    v="vocabulary entries", d="model width units", f="mlp width units", n="query heads", k="kv heads", h="head width units",
-    l="layers",
-)  # fmt: skip
+_WORDS = dict(v="vocabulary entries", d="channels", f="mlp channels", n="query heads", k="kv heads", h="head channels",
+              l="layers")  # fmt: skip
 
 
 def check_mesh(config: ModelConfig, mesh_shape: Mapping[str, int], rules: Rules) -> None:

@@ -106,8 +106,8 @@ def forward(
     """Hidden states `x_btd` after the final norm, and the cache as `attend` left it.
 
     `attend(layer, q_btnh, k_btkh, v_btkh, cache) -> (o_btnh, cache)` is called once per layer with rotary positions
-    already applied; `cache` is carried whole through the scan over layers, so it is updated in place. `remat` names a row
-    of `REMAT`. Needs a mesh in scope.
+    already applied; `cache` is carried whole through the scan over layers, so it is updated in place. `remat` names a
+    row of `REMAT`. Needs a mesh in scope.
     """
     if remat not in REMAT:
         raise ConfigError(f"remat: got {remat!r}, allowed are {', '.join(REMAT)}")
@@ -118,8 +118,7 @@ def forward(
         block = Block(block_params, config)
         return block(x_btd, angles_bth, attend, layer, cache, rules), None
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
     x_btd = constrain(params["embed"][token_bt], "btd", rules)
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     (x_btd, cache), _ = jax.lax.scan(body, (x_btd, cache), (layers, params["blocks"]))
@@ -136,8 +135,8 @@ def unembed(params: Params, config: ModelConfig, x_btd: jax.Array) -> jax.Array:
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """(radians per position of each pair of head channels, factor on cos and sin).
 
-    Pair i of a head of width h turns by theta^(-2i/h) per position. YaRN divides the slow pairs by `factor`, leaves the fast
-    ones, and ramps in between. Source: arXiv:2309.00071, section 3.2.
+    Pair i of a head of width h turns by theta^(-2i/h) per position. YaRN divides the slow pairs by `factor`, leaves the
+    fast ones, and ramps in between. Source: arXiv:2309.00071, section 3.2.
     """
     h, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
     period = np.power(theta, np.arange(0, h, 2, dtype=np.float32) / np.float32(h), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The weight table: 15 rows from which shapes, placement, initialisation, decay, count and Hugging Face names all follow.
+"""The weight table: 15 rows that give shapes, placement, initialisation, decay, count and Hugging Face names.
 
 Parameters are a plain nested dict; `blocks/...` leaves are stacked over layers, so `params['blocks']['attn']['q']` is
 an `ldnh` array.
@@ -105,7 +105,7 @@ def abstract(config: ModelConfig, dtype: Any) -> Params:
 
 
 def init(config: ModelConfig, rng: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters: matrices normal(0, 0.02), norms 1, biases 0. Jit it with `out_shardings` to build them in place."""
+    """Fresh parameters: matrices normal(0, 0.02), norms 1, biases 0. Jit with `out_shardings` to build in place."""
 
     def leaf(row: Weight) -> jax.Array:
         return _INIT[row.init](jax.random.fold_in(rng, TABLE.index(row)), shape(row, config)).astype(dtype)
