@@ -1,4 +1,4 @@
-"""The pools that every name and literal of the world is made of: few words, each used often, so a small BPE has them all.
+"""The pools that every name and literal of the world is made of: few words, used often, so a small BPE has them.
 
 All of it is invented, or plain English put together in a way that names nothing known. The pools are disjoint.
 """
@@ -28,9 +28,10 @@ SURNAMES = words("""
     """)
 
 ADJECTIVES = words("""
-    Silent Hollow Brittle Patient Distant Borrowed Crooked Quiet Restless Gentle Frozen Hidden Wandering Painted Sleeping
-    Narrow Faded Stubborn Careful Tangled Velvet Paper Copper Northern Salted Drifting Humble Idle Jagged Mellow Nimble
-    Polite Rusted Scattered Tidal Unmarked Vacant Weathered Woven Hurried Tender Folded Muddy Whistling Seventh
+    Silent Hollow Brittle Patient Distant Borrowed Crooked Quiet Restless Gentle Frozen Hidden Wandering Painted
+    Sleeping Narrow Faded Stubborn Careful Tangled Velvet Paper Copper Northern Salted Drifting Humble Idle Jagged
+    Mellow Nimble Polite Rusted Scattered Tidal Unmarked Vacant Weathered Woven Hurried Tender Folded
+    Muddy Whistling Seventh
     """)
 NOUNS = words("""
     Harbor Lantern Orchard Ferry Compass Violin Staircase Meadow Parcel Kettle Ladder Umbrella Causeway Almanac Windmill

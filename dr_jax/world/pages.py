@@ -10,6 +10,7 @@ import dataclasses
 import html
 import random
 import urllib.parse
+from collections.abc import Iterable, Sequence
 
 from dr_jax.world import prose
 from dr_jax.world.lore import RELATIONS, Entity, World
@@ -72,27 +73,26 @@ def articles(world: World) -> tuple[Article, ...]:
     films_by: dict[str, list[Entity]] = {}
     for film in world.of_kind("film"):
         films_by.setdefault(film.facts["director"], []).append(film)
-    entities = (*world.entities.values(), *world.remakes)
-    return tuple(_article(world, entity, films_by.get(entity.name, [])) for entity in entities)
+    full = (_article(world, entity, films_by.get(entity.name, [])) for entity in world.entities.values())
+    return (*full, *(_article(world, remake, [], stub=True) for remake in world.remakes))
 
 
-def _article(world: World, entity: Entity, films: list[Entity]) -> Article:
+def _article(world: World, entity: Entity, films: list[Entity], *, stub: bool = False) -> Article:
     rng = random.Random(f"{world.seed}/{entity.name}")
-    stub = entity in world.remakes
     facts = [prose.statement(entity, name) for name, relation in entity.relations.items() if not relation.lead]
     rng.shuffle(facts)
     paragraphs = [_paragraph(entity, rng, fact, 0 if stub else rng.randint(2, 3)) for fact in facts]
     if not stub and rng.random() < LONG_SHARE:
         paragraphs = [_paragraph(entity, rng, None, rng.randint(4, 6)) for _ in range(rng.randint(20, 30))] + paragraphs
     headings = SECTIONS[entity.kind]
-    cuts = [round(i * len(paragraphs) / len(headings)) for i in range(len(headings) + 1)]
+    share = -(-len(paragraphs) // len(headings))
     sections = [
-        Section(heading, tuple(paragraphs[start:end]))
-        for heading, start, end in zip(headings, cuts, cuts[1:], strict=False)
-        if start < end
+        Section(heading, tuple(paragraphs[i * share : (i + 1) * share]))
+        for i, heading in enumerate(headings)
+        if i * share < len(paragraphs)
     ]
-    see_also = rng.sample(list(world.entities), 3) + [f"{rng.choice(headings)} of {entity.name}"]  # the last is dead
-    sections.append(Section("See also", (), tuple(see_also)))
+    dead = f"{rng.choice(headings)} of {entity.name}"
+    sections.append(Section("See also", (), (*rng.sample(list(world.entities), 3), dead)))
     mentioned = tuple(value for value in entity.facts.values() if value in world.entities)
     films = sorted(films, key=lambda film: (film.facts["year"], film.name))
     return Article(entity, prose.lead(entity), prose.filler(entity, rng), tuple(sections), tuple(films), mentioned)
@@ -107,40 +107,47 @@ def _paragraph(entity: Entity, rng: random.Random, fact: str | None, fillers: in
 
 def render(article: Article) -> bytes:
     """The article as a whole HTML page."""
-    parts = [
-        _infobox(article.entity),
-        f"<p><b>{_linked(article.lead, article.names)}</b> {html.escape(article.intro)}</p>",
-    ]
+    lead = _linked(article.lead, article.names)
+    parts = [_infobox(article.entity), f"<p>{lead} {_linked(article.intro, ())}</p>"]
     for section in article.sections:
-        parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+        parts.append(_heading(section.heading))
         parts += [f"<p>{_linked(paragraph, article.names)}</p>" for paragraph in section.paragraphs]
         if section.items:
-            parts.append("<ul>" + "".join(f"<li>{_link(name)}</li>" for name in section.items) + "</ul>")
+            parts.append(_list(_link(name) for name in section.items))
     if article.films:
         rows = "".join(f"<tr><td>{film.facts['year']}</td><td>{_link(film.name)}</td></tr>" for film in article.films)
-        parts.append(f"<h2>Filmography</h2><table><tr><th>Year</th><th>Film</th></tr>{rows}</table>")
-    return _shell(article.title, "\n".join(parts))
+        parts.append(f"{_heading('Filmography')}<table><tr><th>Year</th><th>Film</th></tr>{rows}</table>")
+    headings = [section.heading for section in article.sections] + ["Filmography"] * bool(article.films)
+    return _shell(article.title, "\n".join(parts), headings)
 
 
 def render_home(world: World) -> bytes:
     """The front page."""
-    items = "".join(
-        f"<li>{_link(f'List of {plural}')}: {len(world.of_kind(kind))} articles, for instance "
-        f"{_link(world.of_kind(kind)[0].name)}</li>"
+    kinds = _list(
+        f"{_link(f'List of {plural}')}: {len(world.of_kind(kind))} articles, for instance "
+        f"{_link(world.of_kind(kind)[0].name)}"
         for kind, plural in PLURALS.items()
     )
-    return _shell("Lore", f"<p>An encyclopedia of a world that does not exist.</p><ul>{items}</ul>")
+    return _shell("Lore", f"<p>An encyclopedia of a world that does not exist.</p>\n{kinds}")
 
 
 def render_list(world: World, kind: str) -> bytes:
     """All entities of one kind, as one long list of links."""
-    items = "".join(f"<li>{_link(name)}</li>" for name in sorted(entity.name for entity in world.of_kind(kind)))
-    return _shell(f"List of {PLURALS[kind]}", f"<ul>{items}</ul>")
+    items = _list(_link(name) for name in sorted(entity.name for entity in world.of_kind(kind)))
+    return _shell(f"List of {PLURALS[kind]}", items)
 
 
 def render_missing(name: str) -> bytes:
     """The page that goes with status 404."""
     return _shell("Page not found", f"<p>There is no article called {html.escape(name)}.</p>")
+
+
+def _list(items: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+
+
+def _heading(text: str) -> str:
+    return f'<h2 id="{path(text)}">{html.escape(text)}</h2>'
 
 
 def _link(name: str) -> str:
@@ -163,8 +170,10 @@ def _infobox(entity: Entity) -> str:
     return f'<table class="infobox"><caption>{html.escape(entity.name)}</caption>{rows}</table>'
 
 
-def _shell(title: str, content: str) -> bytes:
-    nav = "".join(f'<li><a href="/List_of_{plural}">{plural.capitalize()}</a></li>' for plural in PLURALS.values())
+def _shell(title: str, content: str, headings: Sequence[str] = ()) -> bytes:
+    nav = _list(f'<a href="/List_of_{plural}">{plural.capitalize()}</a>' for plural in PLURALS.values())
+    contents = _list(f'<a href="#{path(heading)}">{html.escape(heading)}</a>' for heading in headings)
+    aside = f"<h3>Contents</h3>{contents}" if headings else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -175,9 +184,9 @@ def _shell(title: str, content: str) -> bytes:
 </head>
 <body>
 <header><a class="brand" href="/">Lore</a><span>the encyclopedia of nowhere</span></header>
-<nav><ul>{nav}</ul></nav>
+<nav>{nav}</nav>
 <div class="columns">
-<aside><h3>Tools</h3><ul><li><a href="/">Main page</a></li><li><a href="/Random">Random article</a></li></ul></aside>
+<aside>{aside}</aside>
 <main><article>
 <h1>{html.escape(title)}</h1>
 {content}

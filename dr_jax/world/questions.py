@@ -53,7 +53,8 @@ def chains(world: World, split: str, hops: int) -> Iterator[Chain]:
                 continue
             longer = Chain((*entities, value), (*relations, relation))
             if len(longer.relations) == hops:
-                yield longer
+                if value not in _text(world, longer):
+                    yield longer
             elif not entity.relations[relation].ends:
                 yield from walk(longer.entities, longer.relations)
 
@@ -90,18 +91,26 @@ def sample_chains(
 
 def question(world: World, chain: Chain) -> Question:
     """The chain as a nested phrase, with its answer and the pages in the order in which they must be read."""
-    start = world.entities[chain.entities[0]]
-    last = world.entities[chain.entities[-2]].relations[chain.relations[-1]]
-    phrase = "".join(f"the {relation} of " for relation in reversed(chain.relations))
-    text = f"{'Who' if last.object == 'person' else 'What'} is {phrase}the {start.kind} {start.name}?"
+    text = _text(world, chain)
     return Question(
         id=f"lore{world.seed}-{len(chain.relations)}-{hashlib.sha256(text.encode()).hexdigest()[:12]}",
         text=text,
-        answers=_answers(world, last.object, chain.entities[-1]),
+        answers=_answers(world, _asked(world, chain), chain.entities[-1]),
         source="world",
         hops=len(chain.relations),
         evidence=tuple(pages.url(name) for name in chain.entities[:-1]),
     )
+
+
+def _asked(world: World, chain: Chain) -> str:
+    """What kind of thing the answer is."""
+    return world.entities[chain.entities[-2]].relations[chain.relations[-1]].object
+
+
+def _text(world: World, chain: Chain) -> str:
+    start = world.entities[chain.entities[0]]
+    phrase = "".join(f"the {relation} of " for relation in reversed(chain.relations))
+    return f"{'Who' if _asked(world, chain) == 'person' else 'What'} is {phrase}the {start.kind} {start.name}?"
 
 
 def _answers(world: World, kind: str, value: str) -> tuple[str, ...]:
