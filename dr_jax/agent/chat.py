@@ -1,0 +1,179 @@
+"""Conversations as tokens: Qwen's chat template built by hand, so that text from outside can never become markup.
+
+There are two ways from text to tokens. The template's own text may hold control tokens (`<|im_start|>`, `<tool_call>`);
+everything else (questions, observations) goes through `plain`, an encoder that does not know them. Prompts only ever grow:
+a turn is appended to the tokens of the turns before it, and nothing that was sampled is encoded again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dr_jax.agent.presets import Preset
+from dr_jax.errors import ConfigError
+from dr_jax.records import Origin
+
+_NEEDED = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>")
+_MAX_CHARS_PER_TOKEN = (
+    8  # more than prose ever has: long text is cut by characters before it is encoded (encoding holds the GIL)
+)
+_CUT = " …[cut]"
+
+
+class Prompt(NamedTuple):
+    """Tokens of a prompt or of a piece of one, with the author of each."""
+
+    tokens: np.ndarray  # int32 [p]
+    origin: np.ndarray  # uint8 [p], `Origin`
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Text by one author, to be encoded without control tokens."""
+
+    text: str
+    origin: Origin
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A tokenizer and the turns of Qwen's chat template. Stateless: one serves every episode."""
+
+    control: Mapping[str, int]  # name -> id of every added token
+    _full: Any  # tokenizers.Tokenizer, for decoding
+    _plain: Any  # its clone without added tokens, for encoding
+
+    @classmethod
+    def load(cls, tokenizer_dir: str | pathlib.Path) -> Chat:
+        """The chat of a Qwen2.5-style tokenizer directory (`tokenizer.json`, or `vocab.json` and `merges.txt`)."""
+        return cls.of(_read_tokenizer(pathlib.Path(tokenizer_dir)), str(tokenizer_dir))
+
+    @classmethod
+    def of(cls, tokenizer: Any, name: str = "tokenizer") -> Chat:
+        """The chat of a `tokenizers.Tokenizer`; `name` stands in the error where it lacks Qwen's control tokens."""
+        from tokenizers import Tokenizer
+
+        recipe = json.loads(tokenizer.to_str())
+        control = {token["content"]: token["id"] for token in recipe["added_tokens"]}
+        missing = [token for token in _NEEDED if token not in control]
+        if missing:
+            raise ConfigError(
+                f"tokenizer: {name} has no control token {', '.join(missing)}. Use the tokenizer of a Qwen2.5 model."
+            )
+        # `split_special_tokens` would not do: it still lets <tool_call> through, which Qwen does not flag as special.
+        # Post-processors may name added tokens, and have no part in encoding a piece of text.
+        recipe.update(added_tokens=[], post_processor=None)
+        plain = Tokenizer.from_str(json.dumps(recipe))
+        return cls(control, tokenizer, plain)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end the policy's turn."""
+        return self.control["<|im_end|>"], self.control["<|endoftext|>"]
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of `text`, never one of an added token, whatever the text holds."""
+        return self._plain.encode(_encodable(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, control tokens by name."""
+        return self._full.decode([int(id) for id in ids], skip_special_tokens=False)
+
+    def opening(self, preset: Preset, question: str, *, today: str) -> Prompt:
+        """System turn with the tools, the question as the user's turn, and the header of the policy's first turn."""
+        schemas = "".join(f"\n{json.dumps(schema, ensure_ascii=False)}" for schema in preset.tools)
+        system = preset.system.replace("{today}", today) + preset.tools_section.replace("{schemas}", schemas)
+        return self._encode(
+            *self._markup(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"),
+            Text(question, Origin.TEMPLATE),
+            *self._markup(f"<|im_end|>\n<|im_start|>assistant\n{preset.prefill}"),
+        )
+
+    def reply(
+        self, preset: Preset, output: Sequence[int] | np.ndarray, observation: str | None, *, instruction: str = ""
+    ) -> Prompt:
+        """What follows the policy's `output`: a user's turn with the observation (None = there is none), then our own
+        `instruction`, and the header of the policy's next turn. The observation is cut at `preset.observation_tokens`."""
+        body = [Text(instruction, Origin.TEMPLATE)]
+        if observation is not None:
+            # The closing tag is ordinary text in Qwen's vocabulary; a page must not be able to spell it.
+            safe = observation.replace("</tool_response>", "</ tool_response>")
+            body = [
+                Text("<tool_response>\n", Origin.TEMPLATE),
+                Text(self._cut(safe, preset.observation_tokens), Origin.WORLD),
+                Text("\n</tool_response>" + f"\n{instruction}" * bool(instruction), Origin.TEMPLATE),
+            ]
+        return self._encode(
+            *self._turn_end(output),
+            *self._markup("<|im_start|>user\n"),
+            *body,
+            *self._markup(f"<|im_end|>\n<|im_start|>assistant\n{preset.prefill}"),
+        )
+
+    def _turn_end(self, output: Sequence[int] | np.ndarray) -> list[int | Text]:
+        """Closes the policy's turn: it may have been cut before it drew `<|im_end|>` itself."""
+        ended = len(output) > 0 and int(output[-1]) == self.control["<|im_end|>"]
+        return self._markup("\n" if ended else "<|im_end|>\n")
+
+    def _markup(self, text: str) -> list[int | Text]:
+        """The template's own text, its control tokens as ids."""
+        pieces = self._control_pattern.split(text)
+        return [self.control[p] if p in self.control else Text(p, Origin.TEMPLATE) for p in pieces if p]
+
+    @functools.cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return re.compile("(" + "|".join(map(re.escape, self.control)) + ")")
+
+    def _encode(self, *pieces: int | Text) -> Prompt:
+        """The pieces as tokens. Text between two control ids is encoded whole, as the tokenizer itself would do it; a token
+        over a seam counts as the world's."""
+        tokens: list[int] = []
+        origin: list[int] = []
+        for is_text, group in itertools.groupby(pieces, lambda piece: isinstance(piece, Text)):
+            for token, author in self._encode_run(list(group)) if is_text else ((id, Origin.TEMPLATE) for id in group):
+                tokens.append(token)
+                origin.append(author)
+        return Prompt(np.asarray(tokens, np.int32), np.asarray(origin, np.uint8))
+
+    def _encode_run(self, run: Sequence[Text]) -> Iterable[tuple[int, int]]:
+        texts = [_encodable(piece.text) for piece in run]
+        author = np.repeat([piece.origin for piece in run], [len(text) for text in texts])
+        encoding = self._plain.encode("".join(texts), add_special_tokens=False)
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            yield token, int(author[start:end].max(initial=Origin.TEMPLATE))
+
+    def _cut(self, text: str, max_tokens: int) -> str:
+        """`text`, cut to at most `max_tokens` tokens, with a mark at the end where anything is missing."""
+        head = text[: max_tokens * _MAX_CHARS_PER_TOKEN]
+        if len(head) == len(text) and len(self.plain(text)) <= max_tokens:
+            return text
+        while (excess := len(self.plain(head + _CUT)) - max_tokens) > 0 and head:
+            head = head[:-excess]  # a token is at least a character, save for rare scripts: few rounds
+        return head + _CUT
+
+
+def _read_tokenizer(path: pathlib.Path) -> Any:
+    """A `tokenizers.Tokenizer`. Read directly where it is one file: importing transformers takes ten seconds."""
+    if (path / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(path / "tokenizer.json"))
+    if not (path / "vocab.json").is_file():
+        raise ConfigError(f"tokenizer: {path} holds neither tokenizer.json nor vocab.json. Give a model's directory.")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(path)).backend_tokenizer
+
+
+def _encodable(text: str) -> str:
+    """`text` with lone surrogates, which UTF-8 has no bytes for, as question marks. Keeps the length."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,91 @@
+"""Fakes that are shipped: for tests of this library and of what is built on it. No network, no accelerator, no model."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from dr_jax.records import Failure, FailureKind, Finish, Hit, Page, Sampled, Sampling
+
+Script = Callable[[np.ndarray, Sampling], "Sequence[int] | Sampled"]
+
+
+class ScriptedSampler:
+    """A `Sampler` that plays a script: given outputs in turn, or a function of (prompt, sampling).
+
+    Log-probabilities are those of a uniform choice among `vocab_size` tokens. An output longer than `max_new_tokens` is cut
+    and finishes as LENGTH, as an engine would do it. `prompts` and `samplings` hold what was asked, in the order of asking.
+    """
+
+    def __init__(
+        self,
+        script: Iterable[Sequence[int] | Sampled] | Script,
+        *,
+        delay_s: float | Callable[[int], float] = 0.0,
+        version: int = 0,
+        vocab_size: int = 1000,
+    ) -> None:
+        outputs = None if callable(script) else iter(script)
+        self._script: Script = script if callable(script) else lambda prompt, sampling: next(outputs)
+        self._delay_s = delay_s if callable(delay_s) else lambda call: delay_s
+        self._logp = -float(np.log(vocab_size))
+        self.version = version
+        self.prompts: list[np.ndarray] = []
+        self.samplings: list[Sampling] = []
+
+    async def generate(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling) -> Sampled:
+        call = len(self.prompts)
+        self.prompts.append(np.asarray(prompt, np.int32))
+        self.samplings.append(sampling)
+        if delay_s := self._delay_s(call):
+            await asyncio.sleep(delay_s)
+        try:
+            output = self._script(self.prompts[call], sampling)
+        except StopIteration:
+            return self._sampled([], Finish.ERROR, f"the script has no output for call {call}")
+        if isinstance(output, Sampled):
+            return output
+        cut = len(output) > sampling.max_new_tokens
+        return self._sampled(output[: sampling.max_new_tokens], Finish.LENGTH if cut else Finish.STOP)
+
+    async def score(self, prompt: Sequence[int] | np.ndarray, continuation: Sequence[int] | np.ndarray) -> np.ndarray:
+        return np.full(len(continuation), self._logp, np.float32)
+
+    def _sampled(self, tokens: Sequence[int], finish: Finish, detail: str = "") -> Sampled:
+        logps = np.full(len(tokens), self._logp, np.float32)
+        return Sampled(np.asarray(tokens, np.int32), logps, finish, self.version, detail)
+
+
+class TinyWeb:
+    """A `Searcher` and a `Browser` over pages given as URL -> Page, or URL -> Failure.
+
+    A search returns the pages whose title or text holds every word of the query, in the order of the URLs given. `requests`
+    holds every query and URL asked for, in order.
+    """
+
+    def __init__(self, pages: Mapping[str, Page | Failure], *, search_failure: Failure | None = None) -> None:
+        self._pages = pages
+        self._search_failure = search_failure
+        self.requests: list[str] = []
+
+    async def search(self, query: str, *, top_k: int) -> tuple[Hit, ...] | Failure:
+        self.requests.append(query)
+        if self._search_failure:
+            return self._search_failure
+        words = query.lower().split()
+        hits = (_hit(url, page) for url, page in self._pages.items())
+        return tuple(itertools.islice((hit for hit, text in hits if all(word in text for word in words)), top_k))
+
+    async def browse(self, url: str) -> Page | Failure:
+        self.requests.append(url)
+        return self._pages.get(url, Failure(FailureKind.STATUS, "no such page", status=404))
+
+
+def _hit(url: str, page: Page | Failure) -> tuple[Hit, str]:
+    if isinstance(page, Failure):
+        return Hit(url, url, ""), url.lower()
+    text = " ".join(page.segments)
+    return Hit(page.title, url, text[:80]), f"{page.title} {text}".lower()
