@@ -1,4 +1,4 @@
-"""Fakes that are shipped: for tests of this library and of what is built on it. No network, no accelerator, no model."""
+"""Shipped fakes, for tests of this library and of what is built on it: no network, no accelerator, no model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Script = Callable[[np.ndarray, Sampling], "Sequence[int] | Sampled"]
 class ScriptedSampler:
     """A `Sampler` that plays a script: given outputs in turn, or a function of (prompt, sampling).
 
-    Log-probabilities are those of a uniform choice among `vocab_size` tokens. An output longer than `max_new_tokens` is cut
-    and finishes as LENGTH, as an engine would do it. `prompts` and `samplings` hold what was asked, in the order of asking.
+    Log-probabilities are those of a uniform choice among `vocab_size` tokens. An output longer than `max_new_tokens` is
+    cut and finishes as LENGTH, as an engine would do it. `prompts` and `samplings` hold what was asked, in that order.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class ScriptedSampler:
 class TinyWeb:
     """A `Searcher` and a `Browser` over pages given as URL -> Page, or URL -> Failure.
 
-    A search returns the pages whose title or text holds every word of the query, in the order of the URLs given. `requests`
-    holds every query and URL asked for, in order.
+    A search returns the pages whose title or text holds every word of the query, in the order of the URLs given.
+    `requests` holds every query and URL asked for, in order.
     """
 
     def __init__(self, pages: Mapping[str, Page | Failure], *, search_failure: Failure | None = None) -> None:

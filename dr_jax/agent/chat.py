@@ -1,8 +1,8 @@
 """Conversations as tokens: Qwen's chat template built by hand, so that text from outside can never become markup.
 
 There are two ways from text to tokens. The template's own text may hold control tokens (`<|im_start|>`, `<tool_call>`);
-everything else (questions, observations) goes through `plain`, an encoder that does not know them. Prompts only ever grow:
-a turn is appended to the tokens of the turns before it, and nothing that was sampled is encoded again.
+everything else (questions, observations) goes through `plain`, an encoder that does not know them. Prompts only ever
+grow: a turn is appended to the tokens of the turns before it, and nothing that was sampled is encoded again.
 """
 
 from __future__ import annotations
@@ -72,8 +72,12 @@ class Chat:
         # `split_special_tokens` would not do: it still lets <tool_call> through, which Qwen does not flag as special.
         # Post-processors may name added tokens, and have no part in encoding a piece of text.
         recipe.update(added_tokens=[], post_processor=None)
-        plain = Tokenizer.from_str(json.dumps(recipe))
-        return cls(control, tokenizer, plain)
+        chat = cls(control, tokenizer, Tokenizer.from_str(json.dumps(recipe)))
+        if leaked := set(chat.plain("".join(control))) & set(control.values()):
+            raise ConfigError(
+                f"tokenizer: {name} makes control tokens {sorted(leaked)} out of plain text. Use another."
+            )
+        return chat
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -101,8 +105,11 @@ class Chat:
     def reply(
         self, preset: Preset, output: Sequence[int] | np.ndarray, observation: str | None, *, instruction: str = ""
     ) -> Prompt:
-        """What follows the policy's `output`: a user's turn with the observation (None = there is none), then our own
-        `instruction`, and the header of the policy's next turn. The observation is cut at `preset.observation_tokens`."""
+        """What follows the policy's `output`: a user's turn, and the header of the policy's next turn.
+
+        The user's turn holds the observation, cut at `preset.observation_tokens` (None = there is none), and after it
+        our own `instruction`.
+        """
         body = [Text(instruction, Origin.TEMPLATE)]
         if observation is not None:
             # The closing tag is ordinary text in Qwen's vocabulary; a page must not be able to spell it.
@@ -131,11 +138,11 @@ class Chat:
 
     @functools.cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        return re.compile("(" + "|".join(map(re.escape, self.control)) + ")")
+        return re.compile("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")")
 
     def _encode(self, *pieces: int | Text) -> Prompt:
-        """The pieces as tokens. Text between two control ids is encoded whole, as the tokenizer itself would do it; a token
-        over a seam counts as the world's."""
+        """The pieces as tokens. Text between two control ids is encoded whole, as the tokenizer itself would do it;
+        a token over a seam counts as the world's."""
         tokens: list[int] = []
         origin: list[int] = []
         for is_text, group in itertools.groupby(pieces, lambda piece: isinstance(piece, Text)):
@@ -153,11 +160,15 @@ class Chat:
 
     def _cut(self, text: str, max_tokens: int) -> str:
         """`text`, cut to at most `max_tokens` tokens, with a mark at the end where anything is missing."""
-        head = text[: max_tokens * _MAX_CHARS_PER_TOKEN]
-        if len(head) == len(text) and len(self.plain(text)) <= max_tokens:
+        head = _encodable(text[: max_tokens * _MAX_CHARS_PER_TOKEN])
+        offsets = self._plain.encode(head, add_special_tokens=False).offsets
+        if len(head) == len(text) and len(offsets) <= max_tokens:
             return text
-        while (excess := len(self.plain(head + _CUT)) - max_tokens) > 0 and head:
-            head = head[:-excess]  # a token is at least a character, save for rare scripts: few rounds
+        room = max_tokens - len(self.plain(_CUT))
+        head = head[: offsets[room][0]] if room < len(offsets) else head
+        # What was one token with its neighbour may be two without it.
+        while head and (excess := len(self.plain(head + _CUT)) - max_tokens) > 0:
+            head = head[:-excess]
         return head + _CUT
 
 

@@ -1,4 +1,4 @@
-"""Presets: everything about an episode that is data. A config names a row of `PRESETS`; a system of the literature is a row.
+"""Presets: everything about an episode that is data. A config names a row of `PRESETS`.
 
 The system texts are our own; the grammar (tags, JSON shapes, limits) is that of DeepResearcher.
 """
@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from dr_jax.errors import ConfigError
 
-# What Qwen2.5's chat template writes after the system text where tools are given; the model was trained on exactly this.
+# What Qwen2.5's chat template writes after the system text where tools are given: the model was trained on this.
 _QWEN_TOOLS_SECTION = (
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>{schemas}\n</tools>\n\n"
-    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
+    "For each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n"
     '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
 )
 
@@ -78,16 +79,16 @@ def _tool(
 
 _WEB_SEARCH = _tool(
     "web_search",
-    "Looks up queries in a web search engine. Call it when what you know so far does not settle the question, or when the "
-    "results of your last call missed the point.",
+    "Looks up queries in a web search engine. Call it when what you know so far does not settle the question, or when "
+    "the results of your last call missed the point.",
     "query",
     "The queries to run, best written from different angles.",
     "One query.",
 )
 _BROWSE_WEBPAGE = _tool(
     "browse_webpage",
-    "Reads web pages and reports what they say about the question that this conversation does not hold yet. Call it after a "
-    "search that returned pages worth reading.",
+    "Reads web pages and reports what they say about the question that this conversation does not hold yet. Call it "
+    "after a search that returned pages worth reading.",
     "url_list",
     "Addresses of the pages to read; each must come from your search results.",
     "One address.",

@@ -1,4 +1,4 @@
-"""A reader of pages that needs no model: it finds the sentences that answer a question by the words they share with it."""
+"""A reader of pages that needs no model: it quotes the sentences that share most with the question."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from dr_jax.records import Page
 _SENTENCE_END = re.compile(r"\n+|(?<=[.!?])\s+(?=[^\sa-z])")
 _WORD = re.compile(r"\w+")
 _STOP_WORDS = frozenset(
-    "a an and are as at be been but by can could did do does for from had has have he her hers him his how i if in into is it "
-    "its many me more most much my name no not of on or our she so some such than that the their them then there these they "
-    "this those to was we were what when where which while who whom whose why will with would you your".split()
+    _WORD.findall("""
+    a an and are as at be been but by can could did do does for from had has have he her hers him his how i if in into
+    is it its many me more most much my name no not of on or our she so some such than that the their them then
+    there these they this those to was we were what when where which while who whom whose why will with would you your
+    """)
 )
 _STEM_CHARS = 5  # "director" and "directed" meet; the usual length of truncation stemming
 _TITLE_WEIGHT = 0.25  # every sentence of a page about X names X: that says little
@@ -27,9 +29,9 @@ _MIN_SHARE_OF_BEST = 0.5
 class ExtractiveReader:
     """Quotes at most `max_sentences` sentences of a page, `max_chars` in all, in reading order.
 
-    A sentence scores the inverse frequency (over the sentences read) of each content word that it shares with the question
-    or the query, title words at a quarter. Reading stops after `max_segments`, or where the first `patience` segments share
-    no word but the title's. *Differs from the paper*, whose reader is a language model.
+    A sentence scores the inverse frequency (over the sentences read) of each content word that it shares with the
+    question or the query, title words at a quarter. Reading stops after `max_segments`, or where the first `patience`
+    segments share no word but the title's. *Differs from the paper*, whose reader is a language model.
     """
 
     max_sentences: int = 3

@@ -1,7 +1,7 @@
 """What the policy asks of the world: its turn parsed, its call carried out within limits, the result put into words.
 
-Nothing here raises for anything the policy writes or the world does: a turn is an `Answer`, a `ToolCall` or `Malformed`, and
-what fails outside becomes an observation that names the failure.
+Nothing here raises for anything the policy writes or the world does: a turn is an `Answer`, a `ToolCall` or
+`Malformed`, and what fails outside becomes an observation that names the failure.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class Toolbox:
     async def use(self, call: ToolCall) -> ToolUse:
         """Carries out `call`: its items at once, their results in the order of the request.
 
-        *Differs from the reference*: only the queries that are answered are sent; a URL found by two queries is read once;
-        a failure is named in its entry instead of looking like an empty result.
+        *Differs from the reference*: only the queries that are answered are sent; a URL found by two queries is read
+        once; a failure is named in its entry instead of looking like an empty result.
         """
         started_s = self._clock()
         found = await (self._search(call.items) if call.tool == "web_search" else self._browse(call.items))

@@ -1,4 +1,4 @@
-"""Answer metrics of the field, each as published: how a prediction is normalised, and how it is compared to one gold answer.
+"""Answer metrics of the field, each as published: how texts are normalised, and how a prediction meets a gold answer.
 
 Systems differ in both, so their numbers differ on the same predictions; `tests/task/test_answers.py` holds the table.
 """
@@ -19,7 +19,7 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
 def first_answer(text: str) -> str | None:
-    """What stands in the first closed `<answer>` of `text`; None without one. Tags in either case, as the reference reads them."""
+    """What stands in the first closed `<answer>` of `text`; None without one. As in the reference, case is ignored."""
     found = _ANSWER.search(text)
     return found.group(1).strip() if found else None
 
@@ -43,7 +43,7 @@ def normalise_cover(text: str) -> str:
 def set_f1(prediction: str, gold: str) -> float:
     """F1 of the two *sets* of words; 0 where either is empty.
 
-    *Differs from SQuAD*: repeated words count once, articles count, and punctuation separates words instead of vanishing.
+    *Differs from SQuAD*: repeated words count once, articles count, and punctuation separates words.
     *Source*: the reward of DeepResearcher.
     """
     predicted, wanted = set(normalise_spaced(prediction).split()), set(normalise_spaced(gold).split())
@@ -57,12 +57,12 @@ def squad_f1(prediction: str, gold: str) -> float:
 
 
 def exact_match(prediction: str, gold: str) -> float:
-    """1 where both are equal after SQuAD's normalisation. As published, two texts that normalise to nothing are equal."""
+    """1 where both are equal after SQuAD's normalisation; as published, even where both normalise to nothing."""
     return float(normalise_squad(prediction) == normalise_squad(gold))
 
 
 def sub_em(prediction: str, gold: str) -> float:
-    """1 where the normalised gold is a substring of the normalised prediction ("Catherine" holds "Cat"). *Source*: Search-R1."""
+    """1 where the gold is a substring of the prediction, both normalised ("Catherine" holds "Cat"). (Search-R1)"""
     return float(normalise_squad(gold) in normalise_squad(prediction))
 
 

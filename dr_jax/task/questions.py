@@ -119,7 +119,7 @@ def _question(row: Any, place: str) -> Question:
         ),
         "answers": (answers, bool(answers) and _is_texts(answers), "a list of at least one non-empty string"),
         "source": (source, isinstance(source, str), "a string"),
-        "hops": (hops, isinstance(hops, int) and 0 <= hops, "a whole number, 0 = unknown"),
+        "hops": (hops, isinstance(hops, int) and hops >= 0, "a whole number, 0 = unknown"),
         "evidence": (evidence, _is_texts(evidence), "a list of URLs"),
     }
     for field, (value, valid, need) in checks.items():

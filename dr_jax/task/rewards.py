@@ -26,8 +26,8 @@ def well_formed(response_text: str) -> bool:
 def deepresearcher(question: Question, answer: str | None, response_text: str, stop: StopReason) -> float:
     """-1 for a format error or no answer; else the best set-F1 over the question's answers.
 
-    *Differs from the reference*: it is handed the policy's own text and answer, so a page that holds `<answer>` or a stray
-    `<think>` can neither write nor spoil the reward. The preset 'deepresearcher_reference' hands over the transcript.
+    *Differs from the reference*: it is handed the policy's own text and answer, so a page that holds `<answer>` or a
+    stray `<think>` can neither write nor spoil the reward. The preset 'deepresearcher_reference' hands over everything.
     """
     if answer is None or not well_formed(response_text):
         return FORMAT_ERROR

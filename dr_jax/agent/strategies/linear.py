@@ -26,9 +26,9 @@ class Outcome:
 async def linear(transcript: Transcript, toolbox: Toolbox, chat: Chat, preset: Preset) -> Outcome:
     """Runs turns on `transcript` until one of them ends the episode.
 
-    Order of checks in a turn: the prompt fits; the sampler answered; an answer; a malformed turn; a call in the last turn.
-    Where the preset says so, the policy is told to answer before the last turn that the turn limit or the context allows:
-    an episode that calls tools to the end still had its chance to answer, and no observation overflows the context.
+    Order of checks in a turn: the prompt fits; the sampler drew; an answer; a malformed turn; a call in the last turn.
+    Where the preset says so, the policy is told to answer before the last turn that the turn limit or the context
+    allows: an episode that calls tools to the end had its chance to answer, and no observation overflows the context.
     *Differs from the reference*: a call in the last turn is not carried out, for nobody would read its result.
     """
     must_answer = False
