@@ -1,0 +1,251 @@
+"""What the web said, kept in an SQLite file: a cache (`live`), or a tape to make (`record`) and to run from (`replay`).
+
+Values are compressed JSON, never pickle, with a hash over key and content that is verified on every read: a flipped bit
+is a miss. Failures of the infrastructure are never kept, so an outage is never remembered as an answer. All SQL runs in
+one thread; the event loop never waits for the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import pathlib
+import sqlite3
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol, Self
+
+from yarl import URL
+
+from dr_jax.errors import ConfigError
+from dr_jax.records import Failure, FailureKind, Hit, Page
+from dr_jax.web.fetch import Fetcher
+from dr_jax.web.page import EXTRACTOR, extract
+from dr_jax.web.text import clean_line
+
+MODES = ("live", "record", "replay")
+Value = tuple[Hit, ...] | Page | Failure
+
+_DAY_S = 86_400.0
+_NEGATIVE_TTL_S = 600.0
+_BROKEN_ANSWER = frozenset({FailureKind.TRUNCATED, FailureKind.PROTOCOL_ERROR})  # likely gone at the next attempt
+_log = logging.getLogger(__name__)
+
+
+class Cache:
+    """Answers by request. `live`: fresh entries are served, others asked for. `record`: the same, but nothing expires.
+    `replay`: nothing is asked for; what the file does not hold is `Failure(NOT_RECORDED)`.
+
+    Concurrent equal requests are asked once (`shared` counts the others)."""
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        mode: str = "live",
+        ttl_s: float = 7 * _DAY_S,
+        *,
+        clock: Callable[[], float] = time.time,
+    ):
+        if mode not in MODES:
+            raise ConfigError(f"cache.mode: {mode!r} is not one of {', '.join(MODES)}")
+        if mode == "replay" and not pathlib.Path(path).is_file():
+            raise ConfigError(f"cache.path: nothing to replay at {path}; run with cache.mode='record' first")
+        self._mode, self._ttl_s, self._clock = mode, ttl_s, clock
+        self._flights: dict[str, _Flight] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="web-cache")
+        try:
+            self._db = self._thread.submit(_open, str(path), mode).result()
+        except sqlite3.Error as error:
+            self._thread.shutdown()
+            raise ConfigError(f"cache.path: {path} cannot be used as a cache ({error}); move it away") from error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        flights = [flight.task for flight in self._flights.values()]
+        for task in flights:
+            task.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+        await self._in_thread(self._db.close)
+        self._thread.shutdown()
+
+    def stats(self) -> dict[str, int]:
+        """Requests so far: `hits`, `misses`, `shared` (joined one in flight); `errors` of entries and of the disk."""
+        return {name: self._counts[name] for name in ("hits", "misses", "shared", "errors")}
+
+    async def through(self, request: Mapping[str, Any], ask: Callable[[], Awaitable[Value]]) -> Value:
+        """The kept answer to `request`, or what `ask` says, kept for the next time. `request` is plain JSON."""
+        canonical = json.dumps(request, sort_keys=True, separators=(",", ":"))
+        key = hashlib.sha256(canonical.encode()).hexdigest()
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = _Flight(asyncio.create_task(self._answer(key, ask)))
+            flight.task.add_done_callback(lambda _: self._land(key, flight))
+        else:
+            self._counts["shared"] += 1
+        # The work belongs to nobody who waits for it: a waiter that is cancelled leaves, the last one stops it.
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiters -= 1
+            if not flight.waiters and not flight.task.done():
+                self._land(key, flight)
+                flight.task.cancel()
+
+    def _land(self, key: str, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+
+    async def _answer(self, key: str, ask: Callable[[], Awaitable[Value]]) -> Value:
+        kept = await self._in_thread(self._get, key)
+        if kept is not None:
+            self._counts["hits"] += 1
+            return kept
+        self._counts["misses"] += 1
+        if self._mode == "replay":
+            return Failure(FailureKind.NOT_RECORDED, "not on the tape")
+        value = await ask()
+        ttl_s = self._kept_for_s(value)
+        if ttl_s > 0:
+            await self._in_thread(self._put, key, value, self._clock() + ttl_s)
+        return value
+
+    def _kept_for_s(self, value: Value) -> float:
+        if not isinstance(value, Failure):
+            return self._ttl_s
+        if value.infrastructure or (value.kind in _BROKEN_ANSWER and self._mode == "live"):
+            return 0.0
+        return min(_NEGATIVE_TTL_S, self._ttl_s)
+
+    async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+    def _get(self, key: str) -> Value | None:
+        try:
+            row = self._db.execute("SELECT expires_s, value, hash FROM entry WHERE key = ?", (key,)).fetchone()
+            if row is None or (self._mode == "live" and row[0] <= self._clock()):
+                return None
+            expires_s, blob, digest = row
+            if digest == _digest(key, expires_s, blob):
+                return _decode(zlib.decompress(blob))
+            self._alarm("an entry does not match its hash")
+        except sqlite3.Error as error:
+            self._alarm(str(error))
+        return None
+
+    def _put(self, key: str, value: Value, expires_s: float) -> None:
+        blob = zlib.compress(_encode(value), 3)
+        try:
+            self._db.execute(
+                "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)",
+                (key, expires_s, blob, _digest(key, expires_s, blob)),
+            )
+        except sqlite3.Error as error:  # a full disk costs us the cache, not the run
+            self._alarm(str(error))
+
+    def _alarm(self, message: str) -> None:
+        if not self._counts["errors"]:
+            _log.warning("web cache: %s (counted as cache errors from now on)", message)
+        self._counts["errors"] += 1
+
+
+@dataclasses.dataclass
+class _Flight:
+    task: asyncio.Task[Value]
+    waiters: int = 0
+
+
+def _open(path: str, mode: str) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None)  # every statement its own transaction
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last entries, never the file
+    db.execute("PRAGMA busy_timeout=5000")
+    db.execute(
+        "CREATE TABLE IF NOT EXISTS entry (key TEXT PRIMARY KEY, expires_s REAL, value BLOB, hash BLOB) WITHOUT ROWID"
+    )
+    if mode == "live":
+        db.execute("DELETE FROM entry WHERE expires_s <= ?", (time.time(),))
+    return db
+
+
+def _digest(key: str, expires_s: float, blob: bytes) -> bytes:
+    return hashlib.sha256(f"{key} {expires_s!r} ".encode() + blob).digest()
+
+
+def _encode(value: Value) -> bytes:
+    match value:
+        case Failure():
+            plain: dict[str, Any] = {"failure": dataclasses.asdict(value)}
+        case Page():
+            plain = {"page": dataclasses.asdict(value)}
+        case _:
+            plain = {"hits": [dataclasses.asdict(hit) for hit in value]}
+    return json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _decode(blob: bytes) -> Value:
+    match json.loads(blob):
+        case {"failure": fields}:
+            return Failure(**{**fields, "kind": FailureKind(fields["kind"])})
+        case {"page": fields}:
+            links = tuple((text, url) for text, url in fields["links"])
+            return Page(**{**fields, "segments": tuple(fields["segments"]), "links": links})
+        case {"hits": hits}:
+            return tuple(Hit(**hit) for hit in hits)
+    raise AssertionError("the hash says we wrote this entry")
+
+
+class IdentifiedSearcher(Protocol):
+    """A Searcher that can say what, besides the query, decides its results."""
+
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+
+    async def search(self, query: str, *, top_k: int) -> tuple[Hit, ...] | Failure: ...
+
+
+class CachedSearcher:
+    """A Searcher in front of another one."""
+
+    def __init__(self, searcher: IdentifiedSearcher, cache: Cache):
+        self._searcher, self._cache = searcher, cache
+
+    async def search(self, query: str, *, top_k: int) -> tuple[Hit, ...] | Failure:
+        request = {"kind": "search", **self._searcher.identity, "query": clean_line(query), "top_k": top_k}
+        return await self._cache.through(request, lambda: self._searcher.search(query, top_k=top_k))
+
+
+class CachedBrowser:
+    """The Browser: fetches a page, extracts its text in a thread, and keeps the text."""
+
+    def __init__(self, fetcher: Fetcher, cache: Cache, *, max_segment_chars: int = 4000):
+        self._fetcher, self._cache, self._max_segment_chars = fetcher, cache, max_segment_chars
+
+    async def browse(self, url: str) -> Page | Failure:
+        request = {
+            "kind": "page", "url": _canonical(url), "extractor": EXTRACTOR, "segment": self._max_segment_chars,
+        }  # fmt: skip
+        return await self._cache.through(request, lambda: self._ask(url))
+
+    async def _ask(self, url: str) -> Page | Failure:
+        response = await self._fetcher.fetch(url)
+        if isinstance(response, Failure):
+            return response
+        return await asyncio.to_thread(extract, response, max_segment_chars=self._max_segment_chars)
+
+
+def _canonical(url: str) -> str:
+    """One spelling for URLs that ask for the same page; as it is where it is no URL at all."""
+    try:
+        return str(URL(url.strip()).with_fragment(None))
+    except (ValueError, IndexError, AssertionError, TypeError):
+        return clean_line(url)

@@ -1,0 +1,172 @@
+"""How the search client and the fetcher speak HTTP: one guarded session, capped bodies, errors as values, and retries
+that end."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import email.utils
+import random
+import ssl
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import aiohttp
+
+from dr_jax import __version__
+from dr_jax.errors import ConfigError
+from dr_jax.records import Failure, FailureKind
+from dr_jax.web.guard import AddressPolicy, BlockedAddress, Hosts, Lookup, check_hosts, guarded_connector, system_lookup
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeouts:
+    """Seconds a request may take. aiohttp's default is one limit of 300 s."""
+
+    dns_s: float = 5.0
+    connect_s: float = 5.0
+    response_s: float = 15.0  # from asking to the last header, resolving and connecting included
+    idle_s: float = 10.0  # between two reads
+    total_s: float = 20.0  # redirects and retries included; waiting in our own queue is not
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ConfigError(f"timeouts.{name}: {value} is not a positive number of seconds")
+
+
+def open_session(
+    policy: AddressPolicy | None = None,
+    hosts: Hosts | None = None,
+    *,
+    timeouts: Timeouts | None = None,
+    contact: str = "",
+    lookup: Lookup = system_lookup,
+) -> aiohttp.ClientSession:
+    """A session that dials only what the policy allows, keeps no cookies, reads no proxy from the environment and does
+    not decompress (`read_body` does, with a cap). Open one per purpose: a key goes to its own host's session only.
+
+    Needs a running event loop. `contact`: a URL or address that site owners can write to."""
+    timeouts = timeouts or Timeouts()
+    connector = guarded_connector(
+        policy or AddressPolicy(), check_hosts(hosts or {}), dns_timeout_s=timeouts.dns_s, lookup=lookup
+    )
+    agent = f"dr_jax/{__version__} (research agent{f'; +{contact}' if contact else ''})"
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+        auto_decompress=False,
+        headers={"User-Agent": agent, "Accept-Encoding": "gzip, deflate"},
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect_s, sock_read=timeouts.idle_s),
+    )
+
+
+class _Inflater:
+    """Undoes gzip (one member or several) and deflate (with or without a zlib header), never past a limit."""
+
+    def __init__(self, encoding: str):
+        self._encoding = encoding
+        self._inflate = None
+
+    def feed(self, chunk: bytes, max_bytes: int) -> bytes:
+        out = bytearray()
+        while chunk and len(out) < max_bytes:
+            if self._inflate is None or self._inflate.eof:
+                headless = self._encoding == "deflate" and chunk[0] & 0x0F != 8
+                self._inflate = zlib.decompressobj(-zlib.MAX_WBITS if headless else zlib.MAX_WBITS | 32)
+            out += self._inflate.decompress(chunk, max_bytes - len(out))
+            chunk = self._inflate.unconsumed_tail or self._inflate.unused_data
+        return bytes(out)
+
+    @property
+    def complete(self) -> bool:
+        return self._inflate is None or self._inflate.eof
+
+
+async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | Failure:
+    """The decoded body, or TOO_LARGE as soon as it passes `max_bytes`, on the wire or decoded."""
+    encoding = ", ".join(response.headers.getall("Content-Encoding", ())).strip().lower().removeprefix("x-")
+    if encoding not in ("", "identity", "gzip", "deflate"):
+        return Failure(FailureKind.UNSUPPORTED_ENCODING, "only one of gzip and deflate")
+    inflater = _Inflater(encoding) if encoding in ("gzip", "deflate") else None
+    body, wire_bytes = bytearray(), 0
+    async for chunk in response.content.iter_any():
+        wire_bytes += len(chunk)
+        try:
+            body += inflater.feed(chunk, max_bytes + 1 - len(body)) if inflater else chunk
+        except zlib.error:
+            return Failure(FailureKind.PROTOCOL_ERROR, f"corrupt {encoding}")
+        if max(wire_bytes, len(body)) > max_bytes:
+            return Failure(FailureKind.TOO_LARGE, f"more than {max_bytes} bytes")
+    if inflater and not inflater.complete:
+        return Failure(FailureKind.TRUNCATED, f"{encoding} ends too early")
+    return bytes(body)
+
+
+# In order: the first row whose type fits decides. Everything else is PROTOCOL_ERROR.
+_KINDS: tuple[tuple[type[BaseException], FailureKind], ...] = (
+    (BlockedAddress, FailureKind.BLOCKED),
+    (TimeoutError, FailureKind.TIMEOUT),
+    (aiohttp.ClientConnectorDNSError, FailureKind.DNS),
+    (aiohttp.ClientSSLError, FailureKind.TLS),
+    (ssl.SSLError, FailureKind.TLS),
+    (aiohttp.InvalidURL, FailureKind.BAD_URL),
+    (aiohttp.NonHttpUrlClientError, FailureKind.BAD_URL),
+    (UnicodeError, FailureKind.BAD_URL),
+    (aiohttp.http_exceptions.ContentLengthError, FailureKind.TRUNCATED),
+    (aiohttp.http_exceptions.TransferEncodingError, FailureKind.PROTOCOL_ERROR),
+    (aiohttp.ClientConnectionError, FailureKind.CONNECTION),
+    (OSError, FailureKind.CONNECTION),
+)
+
+
+def failure_of(error: Exception) -> Failure:
+    """`error`, raised while asking a server, as a value. Its text stays behind: it can hold headers, and so a key."""
+    cause = error
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, BlockedAddress):
+        cause = error.os_error
+    elif isinstance(error, aiohttp.ClientPayloadError) and error.__cause__ is not None:
+        cause = error.__cause__
+    kind = next((kind for kinds, kind in _KINDS if isinstance(cause, kinds)), FailureKind.PROTOCOL_ERROR)
+    return Failure(kind, type(cause).__name__)
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that `Retry-After` asks for, as a number or a date; None where it is absent or makes no sense."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    try:
+        when = email.utils.parsedate_to_datetime(value)
+        seconds = when.timestamp() - datetime.datetime.now(datetime.UTC).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return max(seconds, 0.0)
+
+
+async def retry(
+    attempt: Callable[[], Awaitable[T | Failure]],
+    *,
+    retryable: Callable[[Failure], bool],
+    retries: int,
+    backoff_s: float,
+    max_wait_s: float = 60.0,
+) -> T | Failure:
+    """The first answer that is not a retryable failure, or the last failure. Waits `backoff_s`, doubling, with jitter,
+    or what the server asked for; a server that asks for more than `max_wait_s` is not asked again."""
+    for turn in range(retries + 1):
+        answer = await attempt()
+        if not isinstance(answer, Failure) or turn == retries or not retryable(answer):
+            return answer
+        wait_s = backoff_s * 2**turn * random.uniform(0.5, 1.5)
+        if answer.retry_after_s is not None:
+            wait_s = max(wait_s, answer.retry_after_s)
+        if wait_s > max_wait_s:
+            return answer
+        await asyncio.sleep(wait_s)
+    raise AssertionError("the last turn returns")
