@@ -1,0 +1,205 @@
+"""GRPO: log-probabilities of packed rows, and the clipped loss over the tokens the policy itself wrote.
+
+Everything is aligned to the token: column t of every array speaks of token t. The shift by one between a token and the
+logits that predict it lives in `token_logps`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dr_jax.batch import PackedBatch
+from dr_jax.errors import ConfigError
+from dr_jax.model import attention, qwen2
+from dr_jax.model.config import ModelConfig
+from dr_jax.model.letters import Rules, constrain
+from dr_jax.model.weights import Params
+
+_MAX_LOG_RATIO = 20.0  # nats; beyond it exp() says nothing but overflow
+_MAX_KL = 10.0  # nats per token, as the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig:
+    """What is optimised. `temperature` must be the sampling temperature, or the ratios are wrong."""
+
+    clip_low: float = 0.2  # the ratio may fall to 1 - clip_low before its gradient stops
+    clip_high: float = 0.2  # the ratio may rise to 1 + clip_high before its gradient stops
+    kl_coef: float = 0.001  # 0 = no reference model is needed
+    entropy_coef: float = 0.0  # a bonus: subtracted from the loss
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_low <= 1:
+            raise ConfigError(f"clip_low: got {self.clip_low}, need 0 < clip_low <= 1 (the reference has 0.2)")
+        if not self.clip_high > 0:
+            raise ConfigError(f"clip_high: got {self.clip_high}, need > 0 (the reference has 0.2)")
+        if not self.kl_coef >= 0:
+            raise ConfigError(f"kl_coef: got {self.kl_coef}, need >= 0 (0 = no reference model)")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature: got {self.temperature}, need > 0; greedy rollouts cannot be trained on")
+
+
+class Terms(NamedTuple):
+    """Sums over some rows, all f32 scalars. Rows may be split in any way: add `loss`, `sums` and `weight`, take the
+    largest of `maxima`, and divide by `weight` once, at the end."""
+
+    loss: jax.Array
+    sums: dict[str, jax.Array]
+    maxima: dict[str, jax.Array]  # none is negative
+    weight: jax.Array
+
+
+def token_logps(
+    params: Params,
+    config: ModelConfig,
+    batch: PackedBatch,
+    *,
+    rules: Rules,
+    temperature: float = 1.0,
+    chunk: int = 512,
+    remat: str = "none",
+) -> tuple[jax.Array, jax.Array]:
+    """`logp_bt` of each token given all before it in its segment, and `entropy_bt` of the distribution it came from.
+
+    Both f32, nats, of softmax(logits / temperature); 0 on the first token of a segment and on padding. Logits exist for
+    `chunk` columns at a time and are computed again in the backward pass, so `[b, t, v]` never does.
+    """
+    x_btd, _ = qwen2.forward(
+        params, config, batch.token_bt, batch.position_bt,
+        attend=attention.packed(batch.segment_bt), rules=rules, remat=remat,
+    )  # fmt: skip
+    next_token_bt = jnp.roll(batch.token_bt, -1, axis=1)  # the last column wraps around; its result is dropped
+    next_logp_bt, next_entropy_bt = _head(
+        params, config, x_btd, next_token_bt, rules=rules, temperature=temperature, chunk=chunk
+    )
+    previous_bt = _shift(batch.segment_bt)
+    follows_bt = (batch.segment_bt == previous_bt) & (batch.segment_bt > 0)
+    logp_bt = jnp.where(follows_bt, _shift(next_logp_bt), 0.0)
+    entropy_bt = jnp.where(follows_bt, _shift(next_entropy_bt), 0.0)
+    return logp_bt, entropy_bt
+
+
+def grpo_terms(
+    logp_bt: jax.Array, entropy_bt: jax.Array, ref_logp_bt: jax.Array | None, batch: PackedBatch, cfg: GrpoConfig
+) -> Terms:
+    """Numerators of the clipped policy-gradient loss with a KL penalty, and their one denominator.
+
+        ratio = exp(logp - batch.logp)
+        kl    = exp(ref_logp - logp) - (ref_logp - logp) - 1                                 (k3, never negative)
+        loss  = sum(weight * (-min(ratio * A, clip(ratio) * A) + kl_coef * kl - entropy_coef * entropy)) / sum(weight)
+
+    Differs from the paper: (1) token mean over the global batch, not a mean of per-answer means, so long answers are
+    not discounted; (2) two clip bounds instead of one; (3) old log-probabilities are the sampler's own, so the clip
+    also bounds what a sampler that rounds differently can do. `ref_logp_bt` may be None where kl_coef is 0.
+    Source: GRPO, arXiv:2402.03300, eq. 3; (1) and (2) are DAPO, arXiv:2503.14476; k3: joschu.net/blog/kl-approx.html.
+    """
+    weight_bt, advantage_bt = batch.weight_bt, batch.advantage_bt
+    trained_bt = weight_bt > 0
+    # Untrained columns are replaced before exp(): weight 0 times inf would be NaN, and so would its gradient.
+    delta_bt = jnp.where(trained_bt, logp_bt - batch.logp_bt, 0.0)
+    ratio_bt = jnp.exp(jnp.clip(delta_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    low_bt = (advantage_bt < 0) & (ratio_bt < 1.0 - cfg.clip_low)
+    high_bt = (advantage_bt > 0) & (ratio_bt > 1.0 + cfg.clip_high)
+    bounded_bt = jnp.where(low_bt, 1.0 - cfg.clip_low, jnp.where(high_bt, 1.0 + cfg.clip_high, ratio_bt))
+    loss_bt = -bounded_bt * advantage_bt
+
+    def total(x_bt: jax.Array) -> jax.Array:
+        return (weight_bt * jnp.where(trained_bt, x_bt, 0.0)).sum()
+
+    sums = {
+        "clip_ratio/low_mean": total(low_bt),
+        "clip_ratio/high_mean": total(high_bt),
+        "entropy": total(entropy_bt),
+        "sampler/logp_diff_mean": total(jnp.abs(delta_bt)),
+    }
+    if ref_logp_bt is not None:
+        kl_bt = k3(jnp.where(trained_bt, ref_logp_bt - logp_bt, 0.0))
+        loss_bt = loss_bt + cfg.kl_coef * kl_bt
+        sums["kl"] = total(kl_bt)
+    if cfg.entropy_coef:
+        loss_bt = loss_bt - cfg.entropy_coef * entropy_bt
+    maxima = {"sampler/logp_diff_max": jnp.abs(delta_bt).max()}
+    return Terms(total(loss_bt), sums, maxima, weight_bt.sum())
+
+
+def k3(delta_bt: jax.Array) -> jax.Array:
+    """exp(delta) - delta - 1, at most 10 nats, for delta = ref_logp - logp: an unbiased KL(policy || reference)."""
+    delta_bt = jnp.clip(delta_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return jnp.minimum(jnp.exp(delta_bt) - delta_bt - 1.0, _MAX_KL)
+
+
+def _shift(x_bt: jax.Array) -> jax.Array:
+    """What was said of the next token, moved to the token itself; column 0 becomes 0."""
+    return jnp.pad(x_bt[:, :-1], ((0, 0), (1, 0)))
+
+
+def _head(
+    params: Params,
+    config: ModelConfig,
+    x_btd: jax.Array,
+    target_bt: jax.Array,
+    *,
+    rules: Rules,
+    temperature: float,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    rows, length = target_bt.shape
+    chunk = min(chunk, length)
+    if length % chunk:
+        raise ConfigError(f"chunk: {chunk} does not divide rows of {length} tokens. Set learner.chunk to a divisor.")
+
+    # Only two numbers per token outlive the forward pass; the backward pass multiplies for the logits again.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+    def one_chunk(_, inputs):
+        x_bcd, target_bc = inputs
+        logits_bcv = constrain(qwen2.unembed(params, config, x_bcd), "btv", rules)
+        return None, _pick(logits_bcv / temperature, target_bc)
+
+    def split(array):
+        return jnp.moveaxis(array.reshape(rows, length // chunk, chunk, *array.shape[2:]), 1, 0)
+
+    _, results = jax.lax.scan(one_chunk, None, (split(x_btd), split(target_bt)))
+    logp_bt, entropy_bt = (jnp.moveaxis(result, 0, 1).reshape(rows, length) for result in results)
+    return logp_bt, entropy_bt
+
+
+_KEPT = "normaliser"
+
+
+@jax.custom_vjp
+def _pick(logits_bcv: jax.Array, target_bc: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log-probability of the target, entropy) of softmax(logits); the derivative is one pass over the logits."""
+    return _pick_forward(logits_bcv, target_bc)[0]
+
+
+def _pick_forward(logits_bcv, target_bc):
+    max_bc1 = logits_bcv.max(-1, keepdims=True)
+    exp_bcv = jnp.exp(logits_bcv - max_bc1)
+    sum_bc = exp_bcv.sum(-1)
+    normaliser_bc = checkpoint_name(max_bc1[..., 0] + jnp.log(sum_bc), _KEPT)
+    entropy_bc = checkpoint_name(normaliser_bc - (exp_bcv * logits_bcv).sum(-1) / sum_bc, _KEPT)
+    # A masked sum, not a gather: it stays local where the vocabulary is sharded.
+    logp_bc = jnp.where(_one_hot(logits_bcv, target_bc), logits_bcv, 0.0).sum(-1) - normaliser_bc
+    return (logp_bc, entropy_bc), (logits_bcv, target_bc, normaliser_bc, entropy_bc)
+
+
+def _pick_backward(kept, gradients):
+    logits_bcv, target_bc, normaliser_bc, entropy_bc = kept
+    by_logp_bc1, by_entropy_bc1 = (gradient[..., None] for gradient in gradients)
+    logp_bcv = logits_bcv - normaliser_bc[..., None]
+    slope_bcv = by_logp_bc1 + by_entropy_bc1 * (logp_bcv + entropy_bc[..., None])
+    return jnp.where(_one_hot(logits_bcv, target_bc), by_logp_bc1, 0.0) - jnp.exp(logp_bcv) * slope_bcv, None
+
+
+def _one_hot(logits_bcv, target_bc):
+    return jax.lax.broadcasted_iota(jnp.int32, logits_bcv.shape, 2) == target_bc[..., None]
+
+
+_pick.defvjp(_pick_forward, _pick_backward)

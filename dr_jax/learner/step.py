@@ -1,0 +1,157 @@
+"""One optimizer step, sharded: `jax.jit` with explicit shardings, which is what pjit is today."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dr_jax.batch import PackedBatch
+from dr_jax.errors import ConfigError
+from dr_jax.learner.grpo import GrpoConfig, Terms, grpo_terms, token_logps
+from dr_jax.learner.optim import OptimConfig, adamw, learning_rate
+from dr_jax.learner.sft import sft_terms
+from dr_jax.learner.state import TrainState, state_shardings
+from dr_jax.model.config import ModelConfig
+from dr_jax.model.letters import Rules, axes_of, spec
+from dr_jax.model.weights import Params
+
+LOSSES = {"grpo": grpo_terms, "sft": sft_terms}
+
+Metrics = dict[str, jax.Array]
+TermsOf = Callable[[Params, Params | None, PackedBatch], Terms]
+
+
+def put_batch(batch: PackedBatch, mesh: Mesh, rules: Rules) -> PackedBatch:
+    """The rows of every host as global arrays. Each host passes the same number of rows."""
+    sharding = NamedSharding(mesh, spec("bt", rules.activations))
+    return PackedBatch(*(jax.make_array_from_process_local_data(sharding, x_bt) for x_bt in batch))
+
+
+def make_train_step(
+    config: ModelConfig,
+    cfg: GrpoConfig,
+    mesh: Mesh,
+    rules: Rules,
+    *,
+    optim: OptimConfig,
+    micro_rows: int,
+    loss: str = "grpo",
+    compute_dtype: str = "float32",
+    remat: str = "none",
+    chunk: int = 512,
+) -> Callable[[TrainState, Params | None, PackedBatch], tuple[TrainState, Metrics]]:
+    """A jitted `step(state, ref_params, batch) -> (state, metrics)`; `state` is donated, metrics are f32 scalars.
+
+    Gradients are summed over micro-batches of `micro_rows` rows and divided once by the weight of the global batch, so
+    neither the split into rows nor into micro-batches changes them. Rows without trained tokens sort to the end and are
+    never computed; the number of micro-batches is traced, so one compilation serves every fill.
+    A step whose loss or gradient is not finite, or which trains no token, changes nothing but `state.step`, and reports
+    `step/skipped` 1. `ref_params` may be None where the KL coefficient is 0.
+    """
+    _check(mesh, rules, micro_rows, loss)
+    use_ref = loss == "grpo" and cfg.kl_coef > 0
+    placed = state_shardings(config, optim, mesh, rules)
+
+    def terms_of(params: Params, ref_params: Params | None, batch: PackedBatch) -> Terms:
+        logps = functools.partial(
+            token_logps, config=config, batch=batch, rules=rules, temperature=cfg.temperature, chunk=chunk, remat=remat
+        )
+        logp_bt, entropy_bt = logps(params)
+        if not (loss == "grpo" and cfg.entropy_coef):
+            entropy_bt = jax.lax.stop_gradient(entropy_bt)
+        ref_logp_bt = jax.lax.stop_gradient(logps(ref_params)[0]) if use_ref else None
+        return LOSSES[loss](logp_bt, entropy_bt, ref_logp_bt, batch, cfg)
+
+    def step(state: TrainState, ref_params: Params | None, batch: PackedBatch) -> tuple[TrainState, Metrics]:
+        if use_ref and ref_params is None:
+            raise ConfigError(f"kl_coef: {cfg.kl_coef} needs the reference model's params; pass them, or set kl_coef 0")
+        params, ref_params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), (state.params, ref_params))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            micro, used = _micro_batches(batch, micro_rows, mesh, rules)
+            terms, grads = _accumulate(terms_of, params, ref_params, micro, used, placed.params)
+            return _update(state, terms, grads, optim, config)
+
+    rows = NamedSharding(mesh, spec("bt", rules.activations))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, in_shardings=(placed, None, rows), out_shardings=(placed, everywhere), donate_argnames="state")
+
+
+def _check(mesh: Mesh, rules: Rules, micro_rows: int, loss: str) -> None:
+    if loss not in LOSSES:
+        raise ConfigError(f"loss: got {loss!r}, allowed are {', '.join(LOSSES)}")
+    devices = math.prod(mesh.shape[axis] for axis in axes_of(rules.activations["b"]))
+    if micro_rows < 1 or micro_rows % devices:
+        raise ConfigError(f"micro_rows: got {micro_rows}, need a multiple of the {devices} devices that share rows")
+
+
+def _micro_batches(batch: PackedBatch, micro_rows: int, mesh: Mesh, rules: Rules) -> tuple[PackedBatch, jax.Array]:
+    """(`[micro, micro_rows, t]` arrays, how many micro-batches hold a trained token); those come first."""
+    rows, length = batch.token_bt.shape
+    if rows % micro_rows:
+        raise ConfigError(f"micro_rows: {micro_rows} does not divide a batch of {rows} rows; pad it with empty rows")
+    trained_b = (batch.weight_bt > 0).any(axis=1)
+    order_b = jnp.argsort(~trained_b, stable=True)
+    sharding = NamedSharding(mesh, PartitionSpec(None, *spec("bt", rules.activations)))
+
+    def split(x_bt: jax.Array) -> jax.Array:
+        x_mbt = x_bt[order_b].reshape(rows // micro_rows, micro_rows, length)
+        return jax.lax.with_sharding_constraint(x_mbt, sharding)
+
+    return PackedBatch(*map(split, batch)), (trained_b.sum() + micro_rows - 1) // micro_rows
+
+
+def _accumulate(
+    terms_of: TermsOf, params: Params, ref_params: Params | None, micro: PackedBatch, used: jax.Array, placed: Params
+) -> tuple[Terms, Params]:
+    """Terms and gradient of their loss numerator, both f32, summed over the first `used` micro-batches."""
+
+    def one(i: jax.Array) -> tuple[Terms, Params]:
+        batch = PackedBatch(*(x_mbt[i] for x_mbt in micro))
+
+        def numerator(params: Params) -> tuple[jax.Array, Terms]:
+            terms = terms_of(params, ref_params, batch)
+            return terms.loss, terms
+
+        (_, terms), grads = jax.value_and_grad(numerator, has_aux=True)(params)
+        grads = jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(grads), placed)
+        return terms, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
+
+    def body(i: jax.Array, so_far: tuple[Terms, Params]) -> tuple[Terms, Params]:
+        (terms, grads), (more, more_grads) = so_far, one(i)
+        maxima = jax.tree.map(jnp.maximum, terms.maxima, more.maxima)
+        terms = jax.tree.map(jnp.add, terms, more)._replace(maxima=maxima)
+        return terms, jax.tree.map(jnp.add, grads, more_grads)
+
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, used))
+    return jax.lax.fori_loop(0, used, body, nothing)
+
+
+def _update(
+    state: TrainState, terms: Terms, grads: Params, optim: OptimConfig, config: ModelConfig
+) -> tuple[TrainState, Metrics]:
+    weight = jnp.where(terms.weight > 0, terms.weight, 1.0)
+    loss = terms.loss / weight
+    grads = jax.tree.map(lambda leaf: leaf / weight, grads)
+    norm = optax.global_norm(grads)
+    rate = learning_rate(optim, state.step)
+    directions, opt_state = adamw(optim, config).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda leaf, direction: leaf - rate * direction, state.params, directions)
+    sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (terms.weight > 0)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    metrics = {name: value / weight for name, value in terms.sums.items()} | terms.maxima
+    metrics |= {
+        "loss": loss,
+        "grad_norm": norm,
+        "lr": rate,
+        "step/skipped": 1.0 - sound.astype(jnp.float32),
+        "step/weight": terms.weight,
+    }
+    return TrainState(params, opt_state, state.step + 1, state.rng), metrics
