@@ -48,9 +48,9 @@ RELATIONS: Mapping[str, Mapping[str, Relation]] = {
     "person": _relations(
         ("profession", "profession", True),
         ("birthplace", "city", True),
-        ("spouse", "person", False),
-        ("employer", "company", False),
         ("birth year", "year", False),
+        ("employer", "company", False),
+        ("spouse", "person", False),
     ),
     "city": _relations(
         ("region", "region", True),

@@ -18,12 +18,12 @@ from dr_jax.world.style import CSS
 
 HOST = "lore.test"
 LONG_SHARE = 0.08  # of the pages run over several reader segments, with the facts late
-SECTIONS = {
-    "film": ("Production", "Release", "Reception"),
+HEADINGS = {  # one section per relation that the lead leaves out, in the order of RELATIONS
+    "film": ("Music", "Production", "Filming"),
     "person": ("Early life", "Career", "Personal life"),
-    "city": ("Geography", "Economy", "Culture"),
-    "company": ("History", "Products", "Today"),
-    "award": ("History", "Ceremony"),
+    "city": ("Economy", "History"),
+    "company": ("People", "History"),
+    "award": ("Ceremony",),
 }
 PLURALS = {"film": "films", "person": "people", "city": "cities", "company": "companies", "award": "awards"}
 
@@ -44,8 +44,8 @@ class Article:
     entity: Entity
     lead: str
     intro: str
-    sections: tuple[Section, ...]
     films: tuple[Entity, ...]  # rows of the filmography table
+    sections: tuple[Section, ...]
     names: tuple[str, ...]
 
     @property
@@ -79,27 +79,25 @@ def articles(world: World) -> tuple[Article, ...]:
 
 def _article(world: World, entity: Entity, films: list[Entity], *, stub: bool = False) -> Article:
     rng = random.Random(f"{world.seed}/{entity.name}")
+    intro = " ".join(prose.fillers(entity, 1, rng))
     facts = [prose.statement(entity, name) for name, relation in entity.relations.items() if not relation.lead]
-    rng.shuffle(facts)
-    paragraphs = [_paragraph(entity, rng, fact, 0 if stub else rng.randint(2, 3)) for fact in facts]
-    if not stub and rng.random() < LONG_SHARE:
-        paragraphs = [_paragraph(entity, rng, None, rng.randint(4, 6)) for _ in range(rng.randint(20, 30))] + paragraphs
-    headings = SECTIONS[entity.kind]
-    share = -(-len(paragraphs) // len(headings))
+    headings = HEADINGS[entity.kind]
     sections = [
-        Section(heading, tuple(paragraphs[i * share : (i + 1) * share]))
-        for i, heading in enumerate(headings)
-        if i * share < len(paragraphs)
+        Section(heading, (_paragraph(entity, rng, 0 if stub else rng.randint(2, 3), fact),))
+        for heading, fact in zip(headings, facts, strict=True)
     ]
+    if not stub and rng.random() < LONG_SHARE:
+        background = tuple(_paragraph(entity, rng, rng.randint(4, 6)) for _ in range(rng.randint(20, 30)))
+        sections.insert(0, Section("Background", background))
     dead = f"{rng.choice(headings)} of {entity.name}"
     sections.append(Section("See also", (), (*rng.sample(list(world.entities), 3), dead)))
     mentioned = tuple(value for value in entity.facts.values() if value in world.entities)
     films = sorted(films, key=lambda film: (film.facts["year"], film.name))
-    return Article(entity, prose.lead(entity), prose.filler(entity, rng), tuple(sections), tuple(films), mentioned)
+    return Article(entity, prose.lead(entity), intro, tuple(films), tuple(sections), mentioned)
 
 
-def _paragraph(entity: Entity, rng: random.Random, fact: str | None, fillers: int) -> str:
-    sentences = [prose.filler(entity, rng) for _ in range(fillers)]
+def _paragraph(entity: Entity, rng: random.Random, fillers: int, fact: str | None = None) -> str:
+    sentences = prose.fillers(entity, fillers, rng)
     if fact:
         sentences.insert(rng.randint(0, len(sentences)), fact)
     return " ".join(sentences)
@@ -108,16 +106,16 @@ def _paragraph(entity: Entity, rng: random.Random, fact: str | None, fillers: in
 def render(article: Article) -> bytes:
     """The article as a whole HTML page."""
     lead = _linked(article.lead, article.names)
-    parts = [_infobox(article.entity), f"<p>{lead} {_linked(article.intro, ())}</p>"]
+    parts = [_infobox(article.entity), f"<p>{lead} {html.escape(article.intro)}</p>"]
+    headings = ["Filmography"] * bool(article.films) + [section.heading for section in article.sections]
+    if article.films:
+        rows = "".join(f"<tr><td>{film.facts['year']}</td><td>{_link(film.name)}</td></tr>" for film in article.films)
+        parts.append(f"{_heading('Filmography')}<table><tr><th>Year</th><th>Film</th></tr>{rows}</table>")
     for section in article.sections:
         parts.append(_heading(section.heading))
         parts += [f"<p>{_linked(paragraph, article.names)}</p>" for paragraph in section.paragraphs]
         if section.items:
             parts.append(_list(_link(name) for name in section.items))
-    if article.films:
-        rows = "".join(f"<tr><td>{film.facts['year']}</td><td>{_link(film.name)}</td></tr>" for film in article.films)
-        parts.append(f"{_heading('Filmography')}<table><tr><th>Year</th><th>Film</th></tr>{rows}</table>")
-    headings = [section.heading for section in article.sections] + ["Filmography"] * bool(article.films)
     return _shell(article.title, "\n".join(parts), headings)
 
 

@@ -109,8 +109,10 @@ def statement(entity: Entity, relation: str) -> str:
     return phrasing.format(s=entity.name, o=entity.facts[relation])
 
 
-def filler(entity: Entity, rng: random.Random) -> str:
-    """One sentence about the entity that states no fact."""
-    chosen = {slot: rng.choice(choices) for slot, choices in SLOTS.items()}
-    sentence = rng.choice(FILLERS[entity.kind]).format(s=entity.name, **chosen)
-    return sentence[0].upper() + sentence[1:]
+def fillers(entity: Entity, count: int, rng: random.Random) -> list[str]:
+    """`count` different sentences about the entity that state no fact."""
+    sentences = []
+    for template in rng.sample(FILLERS[entity.kind], count):
+        sentence = template.format(s=entity.name, **{slot: rng.choice(choices) for slot, choices in SLOTS.items()})
+        sentences.append(sentence[0].upper() + sentence[1:])
+    return sentences

@@ -35,9 +35,9 @@ class Site:
 @contextlib.asynccontextmanager
 async def serve(world: World, *, port: int = 0) -> AsyncIterator[Site]:
     """The running site; port 0 takes any free one. Everything is rendered before the first request."""
-    handler = _Handler(world)
+    routes = _Routes(world)
     app = web.Application(client_max_size=MAX_BODY_BYTES)
-    app.router.add_route("*", "/{path:.*}", handler)
+    app.router.add_route("*", "/{path:.*}", routes.answer)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
@@ -46,7 +46,7 @@ async def serve(world: World, *, port: int = 0) -> AsyncIterator[Site]:
         yield Site(address[1], {host: (address[0], address[1]) for host in (pages.HOST, SEARCH_HOST)})
     finally:
         await runner.cleanup()
-        handler.index.close()
+        routes.index.close()
 
 
 def slow_page(world: World) -> str:
@@ -54,18 +54,18 @@ def slow_page(world: World) -> str:
     return world.of_kind("film")[-1].name
 
 
-class _Handler:
+class _Routes:
     """Routes by host; holds the rendered pages and the index."""
 
     def __init__(self, world: World):
         articles = pages.articles(world)
         self.index = Index(articles)
-        self.slow = f"/{pages.path(slow_page(world))}"
-        self.html = {f"/{pages.path(article.title)}": pages.render(article) for article in articles}
-        self.html |= {f"/List_of_{plural}": pages.render_list(world, kind) for kind, plural in pages.PLURALS.items()}
-        self.html["/"] = pages.render_home(world)
+        self.slow = slow_page(world)
+        self.html = {article.title: pages.render(article) for article in articles}
+        self.html |= {f"List of {plural}": pages.render_list(world, kind) for kind, plural in pages.PLURALS.items()}
+        self.html[""] = pages.render_home(world)
 
-    async def __call__(self, request: web.Request) -> web.Response:
+    async def answer(self, request: web.Request) -> web.Response:
         host = request.host.partition(":")[0].lower()
         if host == SEARCH_HOST or (host in _LOCAL and request.path == "/search"):
             return await self._search(request)
@@ -76,16 +76,15 @@ class _Handler:
     async def _page(self, request: web.Request) -> web.Response:
         if request.method not in ("GET", "HEAD"):
             return web.Response(status=405, headers={"Allow": "GET, HEAD"})
-        path = request.rel_url.raw_path
-        if path == "/robots.txt":
+        if request.path == "/robots.txt":
             return web.Response(text="User-agent: *\nAllow: /\n")
-        if path == self.slow:
+        name = request.path.removeprefix("/").replace("_", " ")
+        if name == self.slow:
             await asyncio.sleep(SLOW_S)
-        body = self.html.get(path)
-        if body is None:
-            body = pages.render_missing(request.path.removeprefix("/").replace("_", " "))
-            return web.Response(status=404, body=body, content_type="text/html", charset="utf-8")
-        return web.Response(body=body, content_type="text/html", charset="utf-8")
+        body = self.html.get(name)
+        status = 404 if body is None else 200
+        body = body or pages.render_missing(name)
+        return web.Response(status=status, body=body, content_type="text/html", charset="utf-8")
 
     async def _search(self, request: web.Request) -> web.Response:
         """Serper's request and answer."""
