@@ -5,10 +5,33 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from dr_jax.records import Failure, FailureKind, Finish, Hit, Page, Sampled, Sampling
+
+QWEN_CONTROL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+    "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
+
+
+def byte_tokenizer() -> Any:
+    """A `tokenizers.Tokenizer` with one token a byte and Qwen2.5's control tokens after them: ids 0 to 277."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: id for id, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    calls = ("<tool_call>", "</tool_call>")  # which Qwen does not flag as special
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=t not in calls) for t in QWEN_CONTROL_TOKENS])
+    return tokenizer
+
 
 Script = Callable[[np.ndarray, Sampling], "Sequence[int] | Sampled"]
 

@@ -88,6 +88,10 @@ class Chat:
         """Ids of `text`, never one of an added token, whatever the text holds."""
         return self._plain.encode(_encodable(text), add_special_tokens=False).ids
 
+    def markup(self, text: str) -> list[int]:
+        """Ids of text that is our own, control tokens by name. Never for text from outside."""
+        return self._encode(*self._markup(text)).tokens.tolist()
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, control tokens by name."""
         return self._full.decode([int(id) for id in ids], skip_special_tokens=False)

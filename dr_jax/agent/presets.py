@@ -6,10 +6,12 @@ The system texts are our own; the grammar (tags, JSON shapes, limits) is that of
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from dr_jax.errors import ConfigError
+from dr_jax.task.rewards import REWARDS
 
 # What Qwen2.5's chat template writes after the system text where tools are given: the model was trained on this.
 _QWEN_TOOLS_SECTION = (
@@ -47,6 +49,14 @@ class Preset:
         for field in ("max_turns", "max_turn_tokens", "search_top_k", "max_queries", "max_urls"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"preset.{field}: got {getattr(self, field)}, need at least 1.")
+        literals = {
+            field: typing.get_args(hint)
+            for field, hint in typing.get_type_hints(type(self)).items()
+            if typing.get_origin(hint) is Literal
+        }
+        for field, allowed in {**literals, "reward": tuple(REWARDS)}.items():
+            if getattr(self, field) not in allowed:
+                raise ConfigError(f"preset.{field}: got {getattr(self, field)!r}; allowed are {', '.join(allowed)}.")
         if self.observation_tokens < 16:
             raise ConfigError(f"preset.observation_tokens: got {self.observation_tokens}, need at least 16.")
         if self.context_tokens <= self.max_turn_tokens:

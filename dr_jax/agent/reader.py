@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from dr_jax.records import Page
 
@@ -22,7 +23,13 @@ _STOP_WORDS = frozenset(
 )
 _STEM_CHARS = 5  # "director" and "directed" meet; the usual length of truncation stemming
 _TITLE_WEIGHT = 0.25  # every sentence of a page about X names X: that says little
-_MIN_SHARE_OF_BEST = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sentence:
+    segment: int
+    text: str
+    words: frozenset[str]  # stems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +37,10 @@ class ExtractiveReader:
     """Quotes at most `max_sentences` sentences of a page, `max_chars` in all, in reading order.
 
     A sentence scores the inverse frequency (over the sentences read) of each content word that it shares with the
-    question or the query, title words at a quarter. Reading stops after `max_segments`, or where the first `patience`
-    segments share no word but the title's. *Differs from the paper*, whose reader is a language model.
+    question or the query, title words at a quarter; one that shares nothing but title words is quoted only where no
+    other does better. Reading stops after `max_segments`; a page about something else (most of its title is not asked
+    for) also where the first `patience` segments share nothing but title words.
+    *Differs from the paper*, whose reader is a language model.
     """
 
     max_sentences: int = 3
@@ -44,51 +53,43 @@ class ExtractiveReader:
         return await asyncio.to_thread(self._read, page, f"{question} {query}", notes)
 
     def _read(self, page: Page, wanted: str, notes: Sequence[str]) -> tuple[tuple[int, str], ...]:
-        stems = _stems(wanted)
-        title = _stems(page.title)
-        sentences = self._walk(page.segments, stems - title)
-        weight = _weights(stems, title, [words for _, _, words in sentences])
-        scored = [
-            (sum(weight[word] for word in words & stems), place, segment, text)
-            for place, (segment, text, words) in enumerate(sentences)
-            if not any(text in note for note in notes)
-        ]
-        ranked = sorted((row for row in scored if row[0] > 0), key=lambda row: (-row[0], row[1]))
-        best = [row for row in ranked if row[0] >= _MIN_SHARE_OF_BEST * ranked[0][0]]
-        return self._quote((segment, text) for _, _, segment, text in _within(best, self.max_sentences, self.max_chars))
+        wanted_words, title = _stems(wanted), _stems(page.title)
+        sentences = self._walk(page.segments, wanted_words, title)
+        weight = _weights(wanted_words, title, sentences)
+        # What repeats the question alone, such as a heading, tells nothing; nor does what is known.
+        news = [s for s in sentences if s.words - wanted_words and not any(s.text in note for note in notes)]
+        telling = [s for s in news if s.words & (wanted_words - title)]
+        ranked = sorted(telling or [s for s in news if s.words & wanted_words], key=weight, reverse=True)
+        chosen = set(map(id, self._within_limits(ranked)))
+        return _by_segment(s for s in news if id(s) in chosen)
 
-    def _walk(self, segments: Sequence[str], telling: frozenset[str]) -> list[tuple[int, str, frozenset[str]]]:
-        """(segment, sentence, stems) of what is read before the reader gives up."""
-        sentences: list[tuple[int, str, frozenset[str]]] = []
-        relevant = False
+    def _walk(self, segments: Sequence[str], wanted: frozenset[str], title: frozenset[str]) -> list[_Sentence]:
+        """What is read before the reader gives up."""
+        sentences: list[_Sentence] = []
+        relevant = 2 * len(title & wanted) > len(title)
         for index, segment in enumerate(segments[: self.max_segments]):
             if index == self.patience and not relevant:
                 break
             for text in _SENTENCE_END.split(segment):
-                if text := " ".join(text.split())[: self.max_chars]:
-                    words = _stems(text)
-                    relevant = relevant or bool(words & telling)
-                    sentences.append((index, text, words))
+                text = " ".join(text.split())[: self.max_chars]
+                words = _stems(text)
+                relevant = relevant or bool(words & wanted - title)
+                if words and not text.startswith("#"):
+                    sentences.append(_Sentence(index, text, words))
         return sentences
 
-    @staticmethod
-    def _quote(sentences: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
-        by_segment: dict[int, list[str]] = collections.defaultdict(list)
-        for segment, text in sentences:
-            by_segment[segment].append(text)
-        return tuple((segment, " ".join(texts)) for segment, texts in by_segment.items())
+    def _within_limits(self, ranked: Iterable[_Sentence]) -> Iterator[_Sentence]:
+        quoted: set[str] = set()
+        for sentence in ranked:
+            room = self.max_chars - sum(map(len, quoted))
+            if len(quoted) < self.max_sentences and len(sentence.text) <= room and sentence.text not in quoted:
+                quoted.add(sentence.text)
+                yield sentence
 
 
-def _within(
-    ranked: Sequence[tuple[float, int, int, str]], max_sentences: int, max_chars: int
-) -> list[tuple[float, int, int, str]]:
-    """The best rows that fit both limits, repeated sentences once, back in reading order."""
-    chosen: dict[str, tuple[float, int, int, str]] = {}
-    for row in ranked:
-        fits = sum(map(len, chosen)) + len(row[3]) <= max_chars
-        if len(chosen) < max_sentences and fits:
-            chosen.setdefault(row[3], row)
-    return sorted(chosen.values(), key=lambda row: row[1])
+def _by_segment(sentences: Iterable[_Sentence]) -> tuple[tuple[int, str], ...]:
+    groups = itertools.groupby(sentences, lambda sentence: sentence.segment)
+    return tuple((segment, " ".join(sentence.text for sentence in group)) for segment, group in groups)
 
 
 def _stems(text: str) -> frozenset[str]:
@@ -96,8 +97,12 @@ def _stems(text: str) -> frozenset[str]:
     return frozenset(word[:_STEM_CHARS] for word in words if word not in _STOP_WORDS)
 
 
-def _weights(stems: frozenset[str], title: frozenset[str], sentences: Sequence[frozenset[str]]) -> Mapping[str, float]:
-    count = collections.Counter(word for words in sentences for word in words & stems)
-    return {
+def _weights(
+    wanted: frozenset[str], title: frozenset[str], sentences: Sequence[_Sentence]
+) -> Callable[[_Sentence], float]:
+    count = collections.Counter(word for sentence in sentences for word in sentence.words & wanted)
+    weight = {
         word: math.log(1 + len(sentences) / n) * (_TITLE_WEIGHT if word in title else 1.0) for word, n in count.items()
     }
+    # Sorted: the order of a set of strings changes from process to process, and with it the last bit of the sum.
+    return lambda sentence: sum(weight[word] for word in sorted(sentence.words & wanted))
