@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import pathlib
 import sqlite3
 import time
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Cache:
-    """Answers by request. `live`: fresh entries are served, others asked for. `record`: the same, but nothing expires.
+    """Answers by request. `live`: fresh entries are served, others asked for. `record`: the same, but kept for ever.
     `replay`: nothing is asked for; what the file does not hold is `Failure(NOT_RECORDED)`.
 
     Concurrent equal requests are asked once (`shared` counts the others)."""
@@ -61,7 +62,7 @@ class Cache:
         self._counts: collections.Counter[str] = collections.Counter()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="web-cache")
         try:
-            self._db = self._thread.submit(_open, str(path), mode).result()
+            self._db = self._thread.submit(_open, str(path), 0.0 if mode == "replay" else clock()).result()
         except sqlite3.Error as error:
             self._thread.shutdown()
             raise ConfigError(f"cache.path: {path} cannot be used as a cache ({error}); move it away") from error
@@ -120,11 +121,13 @@ class Cache:
         return value
 
     def _kept_for_s(self, value: Value) -> float:
+        if isinstance(value, Failure) and value.infrastructure:
+            return 0.0
+        if self._mode == "record":
+            return math.inf
         if not isinstance(value, Failure):
             return self._ttl_s
-        if value.infrastructure or (value.kind in _BROKEN_ANSWER and self._mode == "live"):
-            return 0.0
-        return min(_NEGATIVE_TTL_S, self._ttl_s)
+        return 0.0 if value.kind in _BROKEN_ANSWER else min(_NEGATIVE_TTL_S, self._ttl_s)
 
     async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
@@ -132,9 +135,11 @@ class Cache:
     def _get(self, key: str) -> Value | None:
         try:
             row = self._db.execute("SELECT expires_s, value, hash FROM entry WHERE key = ?", (key,)).fetchone()
-            if row is None or (self._mode == "live" and row[0] <= self._clock()):
+            if row is None:
                 return None
             expires_s, blob, digest = row
+            if self._mode != "replay" and expires_s <= self._clock():
+                return None
             if digest == _digest(key, expires_s, blob):
                 return _decode(zlib.decompress(blob))
             self._alarm("an entry does not match its hash")
@@ -164,7 +169,7 @@ class _Flight:
     waiters: int = 0
 
 
-def _open(path: str, mode: str) -> sqlite3.Connection:
+def _open(path: str, expired_s: float) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None)  # every statement its own transaction
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last entries, never the file
@@ -172,8 +177,7 @@ def _open(path: str, mode: str) -> sqlite3.Connection:
     db.execute(
         "CREATE TABLE IF NOT EXISTS entry (key TEXT PRIMARY KEY, expires_s REAL, value BLOB, hash BLOB) WITHOUT ROWID"
     )
-    if mode == "live":
-        db.execute("DELETE FROM entry WHERE expires_s <= ?", (time.time(),))
+    db.execute("DELETE FROM entry WHERE expires_s <= ?", (expired_s,))
     return db
 
 

@@ -147,7 +147,10 @@ def _redirect(url: URL, location: str) -> URL | Failure:
     location = location.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
     if not location or len(location) > 2048:
         return Failure(FailureKind.REDIRECTS, "without a usable target")
-    target = url.join(URL(location))
+    try:
+        target = url.join(URL(location))
+    except ValueError:
+        return Failure(FailureKind.REDIRECTS, "to something that is no URL")
     if (url.scheme, target.scheme) == ("https", "http"):
         return Failure(FailureKind.REDIRECTS, "from https to http")
     return target

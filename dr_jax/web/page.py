@@ -122,13 +122,18 @@ def _pieces(line: str, max_chars: int) -> Iterator[str]:
 # The scan -----------------------------------------------------------------------------------------------------------
 
 _MAX_DEPTH = 1000  # lexbor is quadratic in it: 0.1 s at 10,000, a minute at 100,000; browsers stop at 512
+_MAX_MISNESTED = 2000  # end tags that close more than their own element: the parser may see it otherwise
 _MAX_REOPENED = 200_000  # elements the parser would clone to carry open formatting into new blocks
 _MAX_OPTIONS = 10_000
 _MAX_ATTRIBUTES = 2000  # of one tag
 _LONG_TAG_CHARS = 4 * _MAX_ATTRIBUTES
 
-# Every alternative may end at the end of the text, so a match always succeeds and the scan is linear.
-_TAG = re.compile(r"""<(/?[a-zA-Z][^\s/>]*+)((?:"[^"]*+(?:"|$)|'[^']*+(?:'|$)|[^"'>])*+)""")
+# A comment, or a tag: end mark, name, attributes. Every alternative may end at the end of the text, so that a match
+# always succeeds and the scan is linear.
+_TAG = re.compile(
+    r"""<!--(?:-?>|(?s:.*?)(?:--!?>|\Z))|<(/?)([a-zA-Z][^\s/>]*+)((?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|[^"'>])*+)"""
+)
+_RAW_END = {name: re.compile(f"</{name}", re.IGNORECASE) for name in ("script", "style")}
 _ATTRIBUTE = re.compile(r"""[^\s"'>/=]+""")
 
 
@@ -137,38 +142,58 @@ def _names(text: str) -> frozenset[str]:
 
 
 _FORMATTING = _names("a b big code em font i nobr s small strike strong tt u")
+_SINGLE = _names("a nobr")  # formatting elements that end the one before
 # Void elements, and those whose end tags may be left out: they do not nest.
 _FLAT = _names(
-    "area base br col embed hr img input link meta param source track wbr "
+    "a nobr area base br col embed hr img input link meta param source track wbr "
     "p dt dd tr td th thead tbody tfoot colgroup option optgroup rp rt html head body"
 )
 
 
 def _excess(html: str) -> str | None:
     """What in `html` would cost the parser more than a page may, or None."""
-    opened: Counter[str] = Counter()
-    depth = formatting = reopened = options = 0
-    for match in _TAG.finditer(html):
-        name, attributes = match.group(1).lower(), match.group(2)
+    stack: list[str] = []
+    opened: Counter[str] = Counter()  # of the stack
+    active: Counter[str] = Counter()  # formatting elements: an end tag of another element does not end them
+    formatting = reopened = misnested = options = 0
+    for is_end, name, attributes in _tags(html):
         if len(attributes) > _LONG_TAG_CHARS and _count_up_to(_ATTRIBUTE, attributes, _MAX_ATTRIBUTES):
             return f"a tag with more than {_MAX_ATTRIBUTES} attributes"
-        if name in _FLAT:
-            reopened += formatting
-            options += name == "option"
-        elif name[0] != "/":
+        if name in _FORMATTING:
+            change = -(active[name] > 0) if is_end else name not in _SINGLE or not active[name]
+            active[name] += change
+            formatting += change
+        reopened += 0 if is_end else formatting
+        options += name == "option"
+        if not is_end and name not in _FLAT:
+            stack.append(name)
             opened[name] += 1
-            depth += 1
-            reopened += formatting
-            formatting += name in _FORMATTING
-        elif opened[name[1:]]:
-            opened[name[1:]] -= 1
-            depth -= 1
-            formatting -= name[1:] in _FORMATTING
-        if depth > _MAX_DEPTH:
-            return f"elements nested more than {_MAX_DEPTH} deep"
+        elif is_end and opened[name]:
+            misnested += stack[-1] != name
+            while (last := stack.pop()) != name:
+                opened[last] -= 1
+            opened[name] -= 1
+        if len(stack) > _MAX_DEPTH or misnested > _MAX_MISNESTED:
+            return f"elements nested more than {_MAX_DEPTH} deep, or more than {_MAX_MISNESTED} of them wrongly"
         if reopened > _MAX_REOPENED or options > _MAX_OPTIONS:
             return "too many unclosed formatting elements or options"
     return None
+
+
+def _tags(html: str) -> Iterator[tuple[bool, str, str]]:
+    """(is an end tag, name, attributes) of each tag outside comments, scripts and styles."""
+    foreign = 0  # inside <svg> and <math>, scripts are elements like others
+    match = _TAG.search(html)
+    while match:
+        end = match.end()
+        if match.group(2):
+            is_end, name = bool(match.group(1)), match.group(2).lower()
+            yield is_end, name, match.group(3)
+            foreign += name in ("svg", "math")
+            if name in _RAW_END and not is_end and not foreign:
+                closing = _RAW_END[name].search(html, end)
+                end = closing.start() if closing else len(html)
+        match = _TAG.search(html, end)
 
 
 def _count_up_to(pattern: re.Pattern[str], text: str, limit: int) -> bool:
