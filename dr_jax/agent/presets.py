@@ -162,7 +162,7 @@ PRESETS: Mapping[str, Preset] = {
             max_turn_tokens=96,
             context_tokens=2048,
             observation_tokens=192,
-            search_top_k=3,
+            search_top_k=2,
         ),
     )
 }
