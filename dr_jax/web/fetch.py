@@ -18,6 +18,7 @@ from dr_jax.records import Failure, FailureKind
 from dr_jax.web.guard import AddressPolicy, Hosts, Lookup, admit, check_hosts, system_lookup
 from dr_jax.web.http import Timeouts, failure_of, open_session, read_body, retry, retry_after_s
 from dr_jax.web.page import Response
+from dr_jax.web.text import MAX_URL_CHARS
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TYPES = frozenset({"", "text/html", "application/xhtml+xml", "text/plain"})  # "": extraction looks at the bytes
@@ -145,7 +146,7 @@ class Fetcher:
 
 def _redirect(url: URL, location: str) -> URL | Failure:
     location = location.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
-    if not location or len(location) > 2048:
+    if not location or len(location) > MAX_URL_CHARS:
         return Failure(FailureKind.REDIRECTS, "without a usable target")
     try:
         target = url.join(URL(location))

@@ -23,6 +23,7 @@ from yarl import URL
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
+from dr_jax.web.text import MAX_URL_CHARS
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Hosts = Mapping[str, tuple[str, int]]  # name -> (ip, port), as curl's --connect-to
@@ -41,7 +42,6 @@ DENIED: tuple[Network, ...] = tuple(
     )
 )  # fmt: skip
 
-MAX_URL_CHARS = 2048
 _DENIED_NAMES = re.compile(r"(?:^|\.)(?:localhost|internal|local|metadata)$")
 # Two labels or more, and a last one that no C library reads as a number (0x7f.1 is 127.0.0.1 to some).
 _NAME = re.compile(r"(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)+[a-z][a-z0-9-]{0,62}")
@@ -77,7 +77,7 @@ class AddressPolicy:
 def admit(url: str | URL, policy: AddressPolicy, hosts: Hosts) -> URL | Failure:
     """`url` parsed, or why it may not be asked for. What is checked is what aiohttp will use: its own normal form."""
     if isinstance(url, str) and (len(url) > MAX_URL_CHARS or _UNPRINTABLE.search(url.strip())):
-        return Failure(FailureKind.BAD_URL, "longer than 2,048 characters, or control characters")
+        return Failure(FailureKind.BAD_URL, f"longer than {MAX_URL_CHARS} characters, or control characters")
     try:
         parsed = URL(url.strip()) if isinstance(url, str) else url
         scheme, host, port, user = parsed.scheme, parsed.raw_host, parsed.port, parsed.raw_user

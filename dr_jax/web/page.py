@@ -3,30 +3,29 @@
 One block of the page (a paragraph, a heading, a list item, a table row) is one line, whole, so that sentences stay
 intact. Segments are runs of lines cut at headings and block ends.
 
-Parsing is CPU work on hostile input: call `extract` in a thread, never on the event loop. A page that would blow up
-the parser is refused by a scan of its tags; the scan is a cheap model of the parser, not a proof.
+Parsing is CPU work on hostile input: call `extract` in a thread, never on the event loop.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from urllib.parse import urldefrag, urljoin
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode, SelectolaxError
 
 from dr_jax.records import Failure, FailureKind, Page
-from dr_jax.web.text import clean_indented, clean_line, decode
+from dr_jax.web.scan import excess
+from dr_jax.web.text import MAX_URL_CHARS, clean_indented, clean_line, decode
 
 EXTRACTOR = "1"  # raise it with every change of what `extract` returns: it is part of the cache key
 
-MAX_URL_CHARS = 2048
 MAX_CHARS = 400_000  # of text; past it, tokenizers stall
 MAX_LINKS = 500
 _MAX_BYTES = 4 << 20
 _MAX_TITLE_CHARS = 300
+_MARKUP = re.compile(r"\s*<[!?a-zA-Z]")
 _TRUNCATED = "[the page goes on]"
 
 
@@ -51,8 +50,8 @@ def extract(response: Response, *, max_segment_chars: int = 4000) -> Page | Fail
         # Plain text is wrapped by hand: a blank line ends a block, a line break does not.
         blocks = [clean_line(block) for block in re.split(r"\n[ \t\r]*\n", text)]
         return _page(response.url, "", blocks, {}, max_segment_chars)
-    if excess := _excess(text):
-        return Failure(FailureKind.PARSE_LIMIT, excess)
+    if bomb := excess(text):
+        return Failure(FailureKind.PARSE_LIMIT, bomb)
     try:
         tree = LexborHTMLParser(text)
         walk = _Walk(tree, response.url)
@@ -64,7 +63,7 @@ def extract(response: Response, *, max_segment_chars: int = 4000) -> Page | Fail
 
 def _is_html(content_type: str, text: str) -> bool:
     media = content_type.partition(";")[0].strip().lower()
-    return media in ("text/html", "application/xhtml+xml") or text.lstrip()[:1] == "<"
+    return media in ("text/html", "application/xhtml+xml") or _MARKUP.match(text) is not None
 
 
 def _page(url: str, title: str, lines: list[str], links: dict[str, str], max_segment_chars: int) -> Page | Failure:
@@ -119,92 +118,13 @@ def _pieces(line: str, max_chars: int) -> Iterator[str]:
     yield line
 
 
-# The scan -----------------------------------------------------------------------------------------------------------
-
-_MAX_DEPTH = 1000  # lexbor is quadratic in it: 0.1 s at 10,000, a minute at 100,000; browsers stop at 512
-_MAX_MISNESTED = 2000  # end tags that close more than their own element: the parser may see it otherwise
-_MAX_REOPENED = 200_000  # elements the parser would clone to carry open formatting into new blocks
-_MAX_OPTIONS = 10_000
-_MAX_ATTRIBUTES = 2000  # of one tag
-_LONG_TAG_CHARS = 4 * _MAX_ATTRIBUTES
-
-# A comment, or a tag: end mark, name, attributes. Every alternative may end at the end of the text, so that a match
-# always succeeds and the scan is linear.
-_TAG = re.compile(
-    r"""<!--(?:-?>|(?s:.*?)(?:--!?>|\Z))|<(/?)([a-zA-Z][^\s/>]*+)((?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|[^"'>])*+)"""
-)
-_RAW_END = {name: re.compile(f"</{name}", re.IGNORECASE) for name in ("script", "style")}
-_ATTRIBUTE = re.compile(r"""[^\s"'>/=]+""")
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_FORMATTING = _names("a b big code em font i nobr s small strike strong tt u")
-_SINGLE = _names("a nobr")  # formatting elements that end the one before
-# Void elements, and those whose end tags may be left out: they do not nest.
-_FLAT = _names(
-    "a nobr area base br col embed hr img input link meta param source track wbr "
-    "p dt dd tr td th thead tbody tfoot colgroup option optgroup rp rt html head body"
-)
-
-
-def _excess(html: str) -> str | None:
-    """What in `html` would cost the parser more than a page may, or None."""
-    stack: list[str] = []
-    opened: Counter[str] = Counter()  # of the stack
-    active: Counter[str] = Counter()  # formatting elements: an end tag of another element does not end them
-    formatting = reopened = misnested = options = 0
-    for is_end, name, attributes in _tags(html):
-        if len(attributes) > _LONG_TAG_CHARS and _count_up_to(_ATTRIBUTE, attributes, _MAX_ATTRIBUTES):
-            return f"a tag with more than {_MAX_ATTRIBUTES} attributes"
-        if name in _FORMATTING:
-            change = -(active[name] > 0) if is_end else name not in _SINGLE or not active[name]
-            active[name] += change
-            formatting += change
-        reopened += 0 if is_end else formatting
-        options += name == "option"
-        if not is_end and name not in _FLAT:
-            stack.append(name)
-            opened[name] += 1
-        elif is_end and opened[name]:
-            misnested += stack[-1] != name
-            while (last := stack.pop()) != name:
-                opened[last] -= 1
-            opened[name] -= 1
-        if len(stack) > _MAX_DEPTH or misnested > _MAX_MISNESTED:
-            return f"elements nested more than {_MAX_DEPTH} deep, or more than {_MAX_MISNESTED} of them wrongly"
-        if reopened > _MAX_REOPENED or options > _MAX_OPTIONS:
-            return "too many unclosed formatting elements or options"
-    return None
-
-
-def _tags(html: str) -> Iterator[tuple[bool, str, str]]:
-    """(is an end tag, name, attributes) of each tag outside comments, scripts and styles."""
-    foreign = 0  # inside <svg> and <math>, scripts are elements like others
-    match = _TAG.search(html)
-    while match:
-        end = match.end()
-        if match.group(2):
-            is_end, name = bool(match.group(1)), match.group(2).lower()
-            yield is_end, name, match.group(3)
-            foreign += name in ("svg", "math")
-            if name in _RAW_END and not is_end and not foreign:
-                closing = _RAW_END[name].search(html, end)
-                end = closing.start() if closing else len(html)
-        match = _TAG.search(html, end)
-
-
-def _count_up_to(pattern: re.Pattern[str], text: str, limit: int) -> bool:
-    return any(count >= limit for count, _ in enumerate(pattern.finditer(text)))
-
-
 # The walk -----------------------------------------------------------------------------------------------------------
 
-_DROPPED_TAGS = _names(
-    "nav footer aside script style noscript template svg math iframe object canvas audio video button input select "
-    "textarea label dialog head title"
+_DROPPED_TAGS = frozenset(
+    str.split(
+        "nav footer aside script style noscript template svg math iframe object canvas audio video button input select "
+        "textarea label dialog head title"
+    )
 )
 _DROPPED = (
     "[hidden], [aria-hidden=true], [role=navigation], [role=banner], [role=contentinfo], [role=search], [role=dialog], "
@@ -214,11 +134,13 @@ _DROPPED = (
 _INFOBOX = ".infobox, .portable-infobox"
 _LAYOUT = "table, h1, h2, h3, h4"  # a table with one of these in it arranges a page; it is not data
 _FORM_CONTENT = "p, h1, h2, h3, table, li"  # some sites put whole pages into a form
-_BLOCKS = _names(
-    "address article aside blockquote body caption center dd details div dt fieldset figcaption figure footer form "
-    "header hgroup hr legend li main p section summary table tbody td tfoot th thead tr"
+_BLOCKS = frozenset(
+    str.split(
+        "address article aside blockquote body caption center dd details div dt fieldset figcaption figure footer form "
+        "header hgroup hr legend li main p section summary table tbody td tfoot th thead tr"
+    )
 )
-_MAX_WALK_DEPTH = 200  # below it, text without structure; Python's own recursion limit is 1,000
+_MAX_WALK_DEPTH = 120  # below it, text without structure; Python allows 1,000 frames, a level takes up to four
 _SPARSE_CHARS = 200
 
 
@@ -274,28 +196,30 @@ class _Walk:
         return out.done
 
     def _render(self, node: LexborNode, out: _Lines, depth: int, in_page: bool) -> None:
-        if depth > _MAX_WALK_DEPTH:
-            out.inline.append(node.text(separator=" "))
-            return
         for child in node.iter(include_text=True):
-            tag = child.tag
-            if tag == "-text":
-                out.inline.append(_SPACE.sub(" ", child.text_content or ""))
-            elif tag == "br":
-                out.inline.append("\n")
-            elif self._skipped(child, tag, in_page):
-                continue
-            elif structure := _STRUCTURES.get(tag):
+            self._render_one(child, out, depth, in_page)
+
+    def _render_one(self, node: LexborNode, out: _Lines, depth: int, in_page: bool = False) -> None:
+        tag = node.tag
+        if tag == "-text":
+            out.inline.append(_SPACE.sub(" ", node.text_content or ""))
+        elif tag == "br":
+            out.inline.append("\n")
+        elif self._skipped(node, tag, in_page):
+            return
+        elif depth > _MAX_WALK_DEPTH:
+            out.inline.append(node.text(separator=" "))
+        elif structure := _STRUCTURES.get(tag):
+            out.end_block()
+            out.done.extend(structure(self, node, depth + 1))
+        else:
+            if tag == "a":
+                self._note_link(node)
+            if tag in _BLOCKS:
                 out.end_block()
-                out.done.extend(structure(self, child, depth + 1))
-            else:
-                if tag == "a":
-                    self._note_link(child)
-                if tag in _BLOCKS:
-                    out.end_block()
-                self._render(child, out, depth + 1, in_page and tag not in ("main", "article"))
-                if tag in _BLOCKS:
-                    out.end_block()
+            self._render(node, out, depth + 1, in_page and tag not in ("main", "article"))
+            if tag in _BLOCKS:
+                out.end_block()
 
     def _skipped(self, node: LexborNode, tag: str, in_page: bool) -> bool:
         if not tag[:1].isalpha() or node.mem_id in self._dropped:
@@ -307,7 +231,8 @@ class _Walk:
         return tag == "header" and in_page and node.css_first("h1") is None
 
     def _note_link(self, node: LexborNode) -> None:
-        target = _absolute(self._base, node.attributes.get("href") or "")
+        href = node.attributes.get("href")
+        target = _absolute(self._base, href) if href else None
         text = clean_line(node.text(), _MAX_TITLE_CHARS)
         if target and text and target != self._url and len(self.links) < MAX_LINKS:
             self.links.setdefault(target, text)
@@ -319,9 +244,14 @@ class _Walk:
     def _list(self, node: LexborNode, depth: int) -> list[str]:
         out = []
         for item in node.iter():
-            if not self._skipped(item, item.tag, False):
+            if item.tag == "li" and item.mem_id not in self._dropped:
                 first, *rest = self.lines(item, depth) or [""]
                 out += [f"- {first}"] * bool(first) + [f"  {line}" for line in rest]
+            elif item.tag != "li":  # a list right inside a list
+                inner = _Lines(br_ends_line=False)
+                self._render_one(item, inner, depth)
+                inner.end_block()
+                out += [f"  {line}" for line in inner.done]
         return out
 
     def _definitions(self, node: LexborNode, depth: int) -> list[str]:

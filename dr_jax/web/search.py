@@ -14,9 +14,8 @@ from yarl import URL
 from dr_jax.errors import ConfigError
 from dr_jax.interfaces import Searcher
 from dr_jax.records import Failure, FailureKind, Hit
-from dr_jax.web.guard import MAX_URL_CHARS
 from dr_jax.web.http import failure_of, read_body, retry, retry_after_s
-from dr_jax.web.text import clean_line
+from dr_jax.web.text import MAX_URL_CHARS, clean_line
 
 MAX_RESULTS = 10  # Serper charges double for more
 _MAX_QUERY_CHARS = 2048

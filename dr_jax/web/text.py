@@ -7,6 +7,8 @@ import re
 import charset_normalizer
 from w3lib import encoding as w3lib_encoding
 
+MAX_URL_CHARS = 2048
+
 # What browsers decode (WHATWG), by Python's names. Python knows more "encodings" than that (hex, rot13, idna,
 # unicode_escape, ...), and a page may ask for any of them.
 _ENCODINGS = frozenset({

@@ -1,0 +1,92 @@
+"""What in a page would blow up the parser, found before parsing.
+
+lexbor's cost is quadratic in depth (a minute for 0.5 MB of nested <div>), and it clones formatting elements left open
+into every block after them (3.7 GB for 55 KB), so no limit on bytes protects it. The scan is a cheap model of the
+parser that takes the worse side in doubt; it is not a proof.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+_MAX_DEPTH = 1000  # lexbor is quadratic in it: 0.1 s at 10,000, a minute at 100,000; browsers stop at 512
+_MAX_MISNESTED = 2000  # end tags that close more than their own element: the parser may see it otherwise
+_MAX_REOPENED = 200_000  # elements the parser would clone to carry open formatting into new blocks
+_MAX_OPTIONS = 10_000
+_MAX_ATTRIBUTES = 2000  # of one tag
+_LONG_TAG_CHARS = 4 * _MAX_ATTRIBUTES
+
+# A comment, or a tag (end mark, name, attributes), as HTML tokenizers cut them: a quote means something after "=" only.
+# Every part may end at the end of the text, so that a match always succeeds and the scan is linear.
+_VALUE = r"""(?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|[^ \t\n\r\f"'>][^ \t\n\r\f>]*+)"""
+_ATTRIBUTE = re.compile(rf"[^ \t\n\r\f/>][^ \t\n\r\f/>=]*+(?:[ \t\n\r\f]*+=[ \t\n\r\f]*+{_VALUE}?+)?+")
+_TAG = re.compile(
+    r"<!--(?:-?>|(?s:.*?)(?:--!?>|\Z))|"
+    rf"<(/?)([a-zA-Z][^ \t\n\r\f/>]*+)((?:[ \t\n\r\f/]++|{_ATTRIBUTE.pattern})*+)"
+)
+# Elements whose content is text up to their end tag, except where other rules hold.
+_RAW_END = {name: re.compile(f"</{name}", re.IGNORECASE) for name in ("script", "style", "textarea", "title")}
+_OTHER_RULES = ("svg", "math", "select")
+
+_FORMATTING = frozenset(str.split("a b big code em font i nobr s small strike strong tt u"))
+_SINGLE = frozenset(str.split("a nobr"))  # formatting elements that end the one before
+# Void elements, and those whose end tags may be left out: they do not nest.
+_FLAT = frozenset(
+    str.split(
+        "a nobr area base br col embed hr img input link meta param source track wbr "
+        "p li dt dd tr td th thead tbody tfoot colgroup option optgroup rp rt html head body"
+    )
+)
+
+
+def excess(html: str) -> str | None:
+    """What in `html` would cost the parser more than a page may, or None."""
+    stack: list[str] = []
+    opened: Counter[str] = Counter()  # of the stack
+    active: Counter[str] = Counter()  # formatting elements: an end tag of another element does not end them
+    formatting = reopened = misnested = options = 0
+    for is_end, name, attributes in _tags(html):
+        if len(attributes) > _LONG_TAG_CHARS and _count_up_to(_ATTRIBUTE, attributes, _MAX_ATTRIBUTES):
+            return f"a tag with more than {_MAX_ATTRIBUTES} attributes"
+        if name in _FORMATTING:
+            change = -(active[name] > 0) if is_end else name not in _SINGLE or not active[name]
+            active[name] += change
+            formatting += change
+        reopened += 0 if is_end else formatting
+        options += name == "option"
+        if not is_end and name not in _FLAT:
+            stack.append(name)
+            opened[name] += 1
+        elif is_end and opened[name]:
+            misnested += stack[-1] != name
+            while (last := stack.pop()) != name:
+                opened[last] -= 1
+            opened[name] -= 1
+        if len(stack) > _MAX_DEPTH or misnested > _MAX_MISNESTED:
+            return f"elements nested more than {_MAX_DEPTH} deep, or more than {_MAX_MISNESTED} of them wrongly"
+        if reopened > _MAX_REOPENED or options > _MAX_OPTIONS:
+            return "too many unclosed formatting elements or options"
+    return None
+
+
+def _tags(html: str) -> Iterator[tuple[bool, str, str]]:
+    """(is an end tag, name, attributes) of each tag outside comments, scripts and styles."""
+    inside = dict.fromkeys(_OTHER_RULES, 0)
+    match = _TAG.search(html)
+    while match:
+        end = match.end()
+        if match[2]:
+            is_end, name = bool(match[1]), match[2].lower()
+            yield is_end, name, match[3]
+            if name in inside:
+                inside[name] = max(0, inside[name] + (-1 if is_end else 1))
+            elif name in _RAW_END and not is_end and not any(inside.values()):
+                closing = _RAW_END[name].search(html, end)
+                end = closing.start() if closing else len(html)
+        match = _TAG.search(html, end)
+
+
+def _count_up_to(pattern: re.Pattern[str], text: str, limit: int) -> bool:
+    return any(count >= limit for count, _ in enumerate(pattern.finditer(text)))
