@@ -16,7 +16,11 @@ def write(directory: str | os.PathLike[str], step: int, episodes: Iterable[Episo
     """The path of `step_000012.jsonl.gz`. A step that is run again after a resume replaces its own file."""
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:06d}.jsonl.gz"
+    return write_file(folder / f"step_{step:06d}.jsonl.gz", episodes)
+
+
+def write_file(path: pathlib.Path, episodes: Iterable[Episode]) -> pathlib.Path:
+    """`path`, holding one line for each episode; it appears whole or not at all."""
     partial = path.with_suffix(".partial")
     with gzip.open(partial, "wt", encoding="utf-8", compresslevel=3) as file:
         for episode in episodes:

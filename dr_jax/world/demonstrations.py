@@ -1,8 +1,7 @@
-"""Transcripts to pretrain the tiny checkpoint on: a careful researcher with three bad habits.
+"""Transcripts to pretrain the tiny checkpoint on, by few careful researchers and many careless ones.
 
-Someone who always works carefully would leave nothing to learn, and someone who never does would leave nothing to
-learn from. So each transcript is careful or careless by the toss of a coin at every turn, the same for every question:
-the checkpoint can do each thing that research takes, and rarely does all of them in one rollout.
+Careful authors alone would leave nothing to learn, and careless ones alone nothing to learn from. A model of their
+mixture can do everything that research takes, mostly does not, and prefers not to when it decodes greedily.
 """
 
 from __future__ import annotations
@@ -26,7 +25,13 @@ class Habits:
 
 
 CAREFUL = Habits(guess=0.0, skim=0.0, stop=0.0)
-CARELESS = Habits(guess=0.4, skim=0.6, stop=0.6)
+CARELESS = Habits(guess=0.5, skim=0.85, stop=0.85)
+CAREFUL_SHARE = 0.2
+
+
+def author(rng: random.Random) -> Habits:
+    """Whoever writes the next transcript."""
+    return CAREFUL if rng.random() < CAREFUL_SHARE else CARELESS
 
 
 def turns(world: World, chain: Chain, habits: Habits, rng: random.Random) -> tuple[str, ...]:
@@ -65,7 +70,7 @@ def _call(thought: str, tool: str, arguments: dict[str, list[str]]) -> str:
 
 
 def _answer(thought: str, answer: str) -> str:
-    return f" {thought}</think>\n<answer>{answer}</answer><|im_end|>"
+    return f" {thought}</think>\n<answer> {answer}</answer><|im_end|>"
 
 
 def _guess(world: World, chain: Chain, rng: random.Random) -> str:

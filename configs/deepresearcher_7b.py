@@ -1,0 +1,110 @@
+"""The paper's recipe: Qwen2.5-7B-Instruct learns to research the live web.
+
+    SERPER_API_KEY=... python -m dr_jax.train --config=configs/deepresearcher_7b.py --workdir=/data/runs/7b \
+        --config.model.path=/data/Qwen2.5-7B-Instruct --config.questions.train=train.parquet \
+        --config.questions.heldout=dev.parquet
+
+Hardware: one host of TPU chips, their number in `config.mesh`. This config has not been run at this scale: the numbers
+of the recipe are those of the reference's training script; sizes of the engine and of the mesh are a starting point.
+Expect, from the paper (its figure 4): mean dev F1 from about 0.37 to about 0.54 in 34 steps.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 1  # of the question order, as the reference
+    config.steps = 312  # one epoch of 80,000 questions; the paper plots about 34
+
+    config.questions = ConfigDict()
+    config.questions.train = "train.parquet"  # NQ : TQ : HotpotQA : 2Wiki = 1 : 1 : 3 : 3
+    config.questions.heldout = "dev.parquet"  # 125 questions of each of 7 data sets
+    config.questions.world_count = 0  # not the embedded world
+
+    config.web = ConfigDict()
+    config.web.provider = "serper"
+    config.web.key_variable = "SERPER_API_KEY"
+    config.web.max_concurrent_searches = 64  # Serper's packages allow 50 to 300 queries a second
+    config.web.cache_mode = "live"
+    config.web.cache_ttl_s = 7 * 24 * 3600.0  # the reference's 7 days
+    config.web.contact = ""  # yours: site owners must be able to reach whoever fetches
+    config.web.reader = "extractive"  # the reference pays a language model to read
+    config.web.segment_chars = 4000  # about 1,000 tokens
+
+    config.agent = ConfigDict()
+    config.agent.preset = "deepresearcher"
+    config.agent.temperature = 1.0
+    config.agent.top_p = 1.0
+    config.agent.top_k = 0
+    config.agent.deadline_s = 1800.0  # 10 turns of generation and up to 9 of the web
+
+    config.rollout = ConfigDict()
+    config.rollout.questions = 256
+    config.rollout.rollouts = 16
+    config.rollout.max_in_flight = 1024  # several times the slots: a rollout that waits for the web holds none
+    config.rollout.max_infra_fraction = 0.2
+
+    config.engine = ConfigDict()
+    config.engine.slots = 64  # 57,344 bytes of KV a token in bf16: 112 GiB at full context, over the host's chips
+    config.engine.context = 32768  # what Qwen2.5 was trained for
+    config.engine.tensor = 4  # the most that 4 kv heads allow
+    config.engine.prefill_rows = 4
+    config.engine.prefill_chunk = 1024
+    config.engine.decode_steps = 16
+
+    config.model = ConfigDict()
+    config.model.path = "Qwen2.5-7B-Instruct"  # a local directory
+    config.model.dtype = "bfloat16"  # the optimizer keeps f32 beside it
+    config.model.remat = "full"  # 32k tokens of activations do not fit otherwise
+
+    config.mesh = ConfigDict(dict(data=1, fsdp=4, tensor=1))
+    #                       weights    activations
+    config.sharding = ConfigDict(
+        dict(
+            b=(None, ("data", "fsdp")),
+            t=(None, None),
+            s=(None, None),
+            d=("fsdp", None),
+            f=("tensor", "tensor"),
+            n=("tensor", "tensor"),
+            k=("tensor", "tensor"),
+            g=(None, None),
+            h=(None, None),
+            l=(None, None),
+            v=("tensor", "tensor"),
+        )
+    )
+
+    config.batch = ConfigDict()
+    config.batch.rows = 4096  # questions x rollouts: an episode always fits
+    config.batch.row_tokens = 32768
+    config.batch.micro_rows = 4  # one row a chip
+
+    config.grpo = ConfigDict()
+    config.grpo.advantage = "std"
+    config.grpo.clip_low = 0.2
+    config.grpo.clip_high = 0.2
+    config.grpo.kl_coef = 0.001
+    config.grpo.entropy_coef = 0.001
+
+    config.optim = ConfigDict()
+    config.optim.lr = 1e-6
+    config.optim.warmup_steps = 0
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.weight_decay = 0.01
+    config.optim.grad_clip = 1.0
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1
+    config.checkpoint.keep = 3  # about 85 GiB each: f32 parameters and both moments
+
+    config.eval = ConfigDict()
+    config.eval.every_steps = 10
+    config.eval.questions = 875
+
+    config.export = ConfigDict()
+    config.export.dtype = "bfloat16"
+    config.export.max_shard_gb = 5.0
+    return config

@@ -1,0 +1,62 @@
+"""Answers one question, showing the research as it happened.
+
+    python -m dr_jax.ask --config=configs/quickstart.py --checkpoint=runs/quickstart/export \\
+        --question="What is the birthplace of the director of the film Silent Harbor?"
+
+`--checkpoint` is a Hugging Face directory; without it the model that the config starts from answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from absl import flags
+
+from dr_jax import assemble, entry
+from dr_jax.agent import episode
+from dr_jax.records import Episode, Question
+from dr_jax.run_config import RunConfig
+
+
+def transcript(record: Episode) -> str:
+    """The episode as a person reads it: what the policy wrote, what the tools answered, the answer."""
+    turns = [turn.strip() for turn in record.response.split("<|im_end|>") if turn.strip()]
+    observations = [f"[{use.tool}, {use.seconds:.2f} s]\n{use.observation}" for use in record.tool_uses]
+    lines = []
+    for index, turn in enumerate(turns):
+        lines += [turn, *observations[index : index + 1], ""]
+    return "\n".join([*lines, f"{record.stop}: {record.answer if record.answer is not None else 'no answer'}"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("question", None, "What to find out.", flag_values=values, required=True)
+    flags.DEFINE_string("checkpoint", None, "Hugging Face directory that answers.", flag_values=values)
+    return entry.run(_ask, values, sys.argv if argv is None else argv)
+
+
+def _ask(run: RunConfig, values: flags.FlagValues) -> None:
+    if values.checkpoint:
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=values.checkpoint))
+    # One sequence: no need for the slots of a training run.
+    run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, slots=1, prefill_rows=1))
+    device = assemble.device(run)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+
+    async def work(workdir: pathlib.Path) -> Episode:
+        async with assemble.host(run, workdir) as host, assemble.engine(run, device, host) as engine:
+            context = host.context(run, engine, seed=run.seed, today=today, temperature=0.0)
+            return await episode.run(Question("ask", values.question, ()), 0, context)
+
+    with tempfile.TemporaryDirectory() as workdir:
+        print(transcript(asyncio.run(work(pathlib.Path(workdir)))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""From settings to objects: the only module that sees both columns.
+
+`host` opens what an episode needs from the world and `Device` holds what lives on accelerators; `train`, `evaluate`
+and `ask` are written in terms of these two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from dr_jax.agent.chat import Chat
+from dr_jax.agent.episode import EpisodeContext
+from dr_jax.agent.presets import PRESETS, Preset
+from dr_jax.agent.reader import ExtractiveReader
+from dr_jax.engine.service import Engine
+from dr_jax.errors import ConfigError
+from dr_jax.interfaces import Browser, Reader, Sampler, Searcher
+from dr_jax.learner.grpo import GrpoConfig
+from dr_jax.learner.optim import OptimConfig
+from dr_jax.model import hf, letters
+from dr_jax.model.config import ModelConfig
+from dr_jax.records import Question, Sampling
+from dr_jax.run_config import RunConfig
+from dr_jax.task import questions as question_files
+from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher
+from dr_jax.web.fetch import Fetcher, Limits
+from dr_jax.web.http import open_session
+from dr_jax.web.search import open_search
+from dr_jax.world import lore, site
+from dr_jax.world import questions as world_questions
+
+WORLD = "world"  # in a config: the embedded web, its questions, and the tiny checkpoint that goes with it
+WORLD_SEED = 0  # the checkpoint was pretrained in this world
+WORLD_HOPS = {1: 0.35, 2: 0.35, 3: 0.2, 4: 0.1}  # share of questions by number of hops
+CHECKPOINT = pathlib.Path(__file__).parent / "world" / "checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """What every episode of a run shares on the host side, open until `host` is left."""
+
+    chat: Chat
+    preset: Preset
+    searcher: Searcher
+    browser: Browser
+    reader: Reader
+    cache: Cache
+
+    def context(
+        self, run: RunConfig, sampler: Sampler, *, seed: int, today: str, temperature: float | None = None
+    ) -> EpisodeContext:
+        """The context of some episodes; `temperature` overrides the run's (0 = greedy evaluation)."""
+        agent = run.agent
+        drawn = temperature is None
+        sampling = Sampling(
+            max_new_tokens=self.preset.max_turn_tokens,
+            temperature=agent.temperature if drawn else temperature,
+            top_p=agent.top_p if drawn else 1.0,
+            top_k=agent.top_k if drawn else 0,
+        )
+        return EpisodeContext(
+            sampler=sampler,
+            chat=self.chat,
+            preset=self.preset,
+            searcher=self.searcher,
+            browser=self.browser,
+            reader=self.reader,
+            sampling=sampling,
+            seed=seed,
+            today=today,
+            deadline_s=agent.deadline_s,
+        )
+
+
+@contextlib.asynccontextmanager
+async def host(run: RunConfig, workdir: pathlib.Path) -> AsyncIterator[Host]:
+    """Opens the web (or the embedded one), its cache in the workdir, and the tokenizer; closes all of it at the end."""
+    async with contextlib.AsyncExitStack() as stack:
+        web = run.web
+        hosts: Mapping[str, tuple[str, int]] = {}
+        provider, settings = web.provider, {}
+        if web.provider == WORLD:
+            hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
+            provider, settings = "serper", {"endpoint": f"http://{site.SEARCH_HOST}/search"}
+        cache = await stack.enter_async_context(Cache(workdir / "web.sqlite", web.cache_mode, web.cache_ttl_s))
+        session = await stack.enter_async_context(open_session(hosts=hosts, contact=web.contact))
+        searcher = open_search(
+            provider, session, api_key=_api_key(web), max_concurrent=web.max_concurrent_searches, **settings
+        )
+        # The one site of the embedded web is ours: politeness limits are for other people's.
+        limits = Limits(max_per_site=Limits.max_concurrent) if web.provider == WORLD else Limits()
+        fetcher = await stack.enter_async_context(Fetcher(hosts=hosts, limits=limits, contact=web.contact))
+        yield Host(
+            chat=Chat.load(model_path(run)),
+            preset=preset(run),
+            searcher=CachedSearcher(searcher, cache),
+            browser=CachedBrowser(fetcher, cache, max_segment_chars=web.segment_chars),
+            reader=ExtractiveReader(),
+            cache=cache,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a run computes with: the network's sizes, where its arrays go, and the weights it starts from."""
+
+    config: ModelConfig
+    mesh: Mesh
+    rules: letters.Rules
+    params: Any  # as loaded, sharded over `mesh`; also the frozen reference model
+    grpo: GrpoConfig
+    optim: OptimConfig
+
+
+def device(run: RunConfig) -> Device:
+    """Checks the mesh against the network and loads the starting weights, each device its own part."""
+    path = model_path(run)
+    config = ModelConfig.from_hf(path)
+    rules = letters.Rules(
+        weights={letter: _axes(pair, letter)[0] for letter, pair in run.sharding.items()},
+        activations={letter: _axes(pair, letter)[1] for letter, pair in run.sharding.items()},
+    )
+    letters.check_mesh(config, run.mesh, rules)
+    mesh = letters.make_mesh(run.mesh)
+    return Device(
+        config=config,
+        mesh=mesh,
+        rules=rules,
+        params=hf.load(path, config, mesh=mesh, rules=rules, dtype=run.model.dtype),
+        grpo=GrpoConfig(
+            clip_low=run.grpo.clip_low,
+            clip_high=run.grpo.clip_high,
+            kl_coef=run.grpo.kl_coef,
+            entropy_coef=run.grpo.entropy_coef,
+            temperature=run.agent.temperature,
+        ),
+        optim=OptimConfig(
+            learning_rate=run.optim.lr,
+            warmup_steps=run.optim.warmup_steps,
+            beta1=run.optim.b1,
+            beta2=run.optim.b2,
+            weight_decay=run.optim.weight_decay,
+            max_grad_norm=run.optim.grad_clip,
+        ),
+    )
+
+
+def engine(run: RunConfig, device: Device, host: Host) -> Engine:
+    """The sampler, on a mesh of its own: the first `engine.tensor` devices of this host. Use as a context manager."""
+    mesh = letters.make_mesh({"data": 1, "fsdp": 1, "tensor": run.engine.tensor})
+    letters.check_mesh(device.config, mesh.shape, letters.DEFAULT_RULES)
+    settings = run.engine
+    return Engine(
+        device.config,
+        device.params,
+        mesh=mesh,
+        rules=letters.DEFAULT_RULES,
+        slots=settings.slots,
+        context=settings.context,
+        prefill_rows=settings.prefill_rows,
+        prefill_chunk=settings.prefill_chunk,
+        decode_steps=settings.decode_steps,
+        decode_text=host.chat.decode,
+    )
+
+
+def questions(run: RunConfig) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """(train, held-out) questions; the held-out ones cut to `eval.questions`."""
+    train = _questions(run.questions.train, run.questions.world_count)
+    heldout = _questions(run.questions.heldout, run.eval.questions)
+    if len(train) < run.rollout.questions:
+        raise ConfigError(
+            f"config.questions.train: {run.questions.train} holds {len(train)} questions, fewer than one step's "
+            f"{run.rollout.questions}. Use a larger file or lower config.rollout.questions."
+        )
+    return train, heldout[: run.eval.questions]
+
+
+def preset(run: RunConfig) -> Preset:
+    """The preset that the run names, checked against the engine's context."""
+    if run.agent.preset not in PRESETS:
+        raise ConfigError(f"config.agent.preset: unknown {run.agent.preset!r}; allowed: {', '.join(PRESETS)}")
+    chosen = PRESETS[run.agent.preset]
+    if chosen.context_tokens > run.engine.context:
+        raise ConfigError(
+            f"config.engine.context: {run.engine.context} is less than the {chosen.context_tokens} tokens that preset "
+            f"{chosen.name!r} may use. Raise it, or choose a smaller preset."
+        )
+    return chosen
+
+
+def model_path(run: RunConfig) -> pathlib.Path:
+    """The Hugging Face directory that the run starts from."""
+    path = CHECKPOINT if run.model.path == WORLD else pathlib.Path(run.model.path)
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"config.model.path: no Hugging Face checkpoint at {path} (no config.json). Download one, for example "
+            "Qwen/Qwen2.5-7B-Instruct, or use 'world' for the tiny model that comes with dr_jax."
+        )
+    return path
+
+
+@functools.cache
+def embedded_world() -> lore.World:
+    """The embedded world: frozen data, so that one copy serves the process."""
+    return lore.make_world(WORLD_SEED)
+
+
+def _questions(source: str, count: int) -> tuple[Question, ...]:
+    kind, _, split = source.partition(":")
+    if kind == WORLD:
+        return world_questions.questions(embedded_world(), split, WORLD_SEED, count, WORLD_HOPS)
+    return question_files.load(source)
+
+
+def _api_key(web: Any) -> str:
+    if web.provider == WORLD:
+        return "embedded"  # the embedded engine takes any
+    key = os.environ.get(web.key_variable, "")
+    if not key and web.cache_mode != "replay":
+        raise ConfigError(
+            f"config.web.provider: {web.provider} needs a key; export {web.key_variable}=..., or set "
+            "config.web.provider='world' to try everything without one"
+        )
+    return key or "replay"
+
+
+def _axes(pair: Any, letter: str) -> tuple[Any, Any]:
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise ConfigError(
+            f"config.sharding.{letter}: got {pair!r}, need (mesh axis of weights, mesh axis of activations)"
+        )
+    return pair

@@ -1,0 +1,51 @@
+"""How every command starts: flags, one clear line for a mistake, and an exit code that a script can act on.
+
+Exit codes: 0 done; 2 a mistake the user can correct (`ConfigError`, `CheckpointError`, bad flags), nothing was
+overwritten; 3 the outside world failed too often (`RolloutHalted`), start the same command again later; 1 a defect.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from dr_jax.errors import ConfigError, DrJaxError, RolloutHalted
+from dr_jax.run_config import RunConfig, resolve
+
+
+def run(command: Callable[[RunConfig, flags.FlagValues], None], values: flags.FlagValues, argv: Sequence[str]) -> int:
+    """The exit code of `command`, called with the resolved --config and the parsed flags of `values`."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    config_flags.DEFINE_config_file("config", None, "The run: a file in configs/.", flag_values=values)
+    try:
+        _parse(values, argv)
+        command(resolve(values.config.to_dict()), values)
+    except RolloutHalted as halted:
+        print(f"halted: {halted}", file=sys.stderr)
+        return 3
+    except DrJaxError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Parses flags; whatever absl or ml_collections says about a mistake becomes one `ConfigError`."""
+    path = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
+    if path is not None and not os.path.exists(path.split(":")[0]):
+        raise ConfigError(f"--config: no such file {path!r}; the configs that come with dr_jax are in configs/")
+    try:
+        rest = values(list(argv))
+    except flags.Error as error:
+        raise ConfigError(str(error).split("\n")[0]) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # ml_collections: a misspelt or mistyped field
+        raise ConfigError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise ConfigError(f"unknown argument {rest[1]!r}: settings are given as --config.section.field=value")
+    if values.config is None:
+        raise ConfigError("--config is required, for example --config=configs/quickstart.py")

@@ -1,0 +1,245 @@
+"""The settings of one run, as frozen dataclasses: what a file in `configs/` must say, checked before anything starts.
+
+A config file builds an `ml_collections.ConfigDict`; `resolve` turns it into a `RunConfig` and is the last to see it.
+Fields have no defaults here: a config file states every one, with a unit or a reason, so that one file is one run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from dr_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    train: str  # JSONL or parquet file, or 'world:train'
+    heldout: str  # the same, for evaluation only; or 'world:heldout'
+    world_count: int  # how many train questions to draw from the embedded world (0 = not the world)
+
+
+@dataclasses.dataclass(frozen=True)
+class Web:
+    provider: str  # 'world' = the embedded web on loopback; otherwise a search provider such as 'serper'
+    key_variable: str  # name of the environment variable that holds the provider's key
+    max_concurrent_searches: int
+    cache_mode: str  # live | record | replay
+    cache_ttl_s: float
+    contact: str  # e-mail or URL a web master can reach you at; sent in the user agent
+    reader: str  # 'extractive' = no model
+    segment_chars: int  # a page is read in segments of at most this many characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    preset: str  # a row of agent.presets.PRESETS
+    temperature: float
+    top_p: float
+    top_k: int  # 0 = all
+    deadline_s: float  # wall clock of one episode
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    questions: int  # questions per step
+    rollouts: int  # rollouts of each question
+    max_in_flight: int  # episodes running at once
+    max_infra_fraction: float  # above it a step is not trained on and the run halts
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    slots: int  # sequences decoded at once
+    context: int  # tokens of one slot
+    tensor: int  # devices one engine replica spans
+    prefill_rows: int
+    prefill_chunk: int  # tokens
+    decode_steps: int  # tokens decoded between two looks of the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    path: str  # Hugging Face directory; 'world' = the tiny checkpoint that comes with the embedded world
+    dtype: str  # of the parameters: float32 | bfloat16
+    remat: str  # a row of model.qwen2.REMAT
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    rows: int  # packed rows of one step, all hosts together
+    row_tokens: int
+    micro_rows: int  # rows of one gradient-accumulation step
+
+
+@dataclasses.dataclass(frozen=True)
+class Grpo:
+    advantage: str  # 'std' as the reference, 'mean' as Dr. GRPO
+    clip_low: float
+    clip_high: float
+    kl_coef: float  # k3 KL to the frozen starting point, in the loss; 0 = no reference model is kept
+    entropy_coef: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    lr: float
+    warmup_steps: int
+    b1: float
+    b2: float
+    weight_decay: float
+    grad_clip: float  # global norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every_steps: int  # besides before the first and after the last step; 0 = only those two
+    questions: int  # held-out questions, greedy decoding
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    dtype: str  # of the exported safetensors
+    max_shard_gb: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run. `mesh` maps axis -> devices; `sharding` maps a letter to its (weights, activations) mesh axes."""
+
+    seed: int
+    steps: int
+    questions: Questions
+    web: Web
+    agent: Agent
+    rollout: Rollout
+    engine: EngineSettings
+    model: Model
+    mesh: Mapping[str, int]
+    sharding: Mapping[str, tuple[Any, Any]]
+    batch: Batch
+    grpo: Grpo
+    optim: Optim
+    checkpoint: Checkpoint
+    eval: Eval
+    export: Export
+
+
+_POSITIVE = (
+    "steps", "rollout.questions", "rollout.rollouts", "rollout.max_in_flight", "engine.slots", "engine.context",
+    "engine.tensor", "engine.prefill_rows", "engine.prefill_chunk", "engine.decode_steps", "batch.rows",
+    "batch.row_tokens", "batch.micro_rows", "optim.lr", "optim.grad_clip", "checkpoint.every_steps", "checkpoint.keep",
+    "eval.questions", "export.max_shard_gb", "agent.deadline_s", "agent.top_p", "web.segment_chars",
+    "web.max_concurrent_searches", "web.cache_ttl_s",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "seed", "agent.temperature", "agent.top_k", "rollout.max_infra_fraction", "grpo.clip_low", "grpo.clip_high",
+    "grpo.kl_coef", "grpo.entropy_coef", "optim.warmup_steps", "optim.weight_decay", "eval.every_steps",
+    "questions.world_count",
+)  # fmt: skip
+_CHOICES = {
+    "web.cache_mode": ("live", "record", "replay"),
+    "web.reader": ("extractive",),
+    "model.dtype": ("float32", "bfloat16"),
+    "export.dtype": ("float32", "bfloat16"),
+    "grpo.advantage": ("std", "mean"),
+}
+
+
+def resolve(config: Mapping[str, Any]) -> RunConfig:
+    """The checked settings of a `ConfigDict` or nested dict.
+
+    Raises:
+      ConfigError: a field is unknown (with the nearest name), missing, of the wrong type, or out of range.
+    """
+    run = _build(RunConfig, dict(config), "config")
+    for field in _POSITIVE:
+        _require(run, field, lambda value: value > 0, "must be above 0")
+    for field in _NOT_NEGATIVE:
+        _require(run, field, lambda value: value >= 0, "must not be negative")
+    for field, choices in _CHOICES.items():
+        _require(run, field, lambda value, allowed=choices: value in allowed, f"allowed: {', '.join(choices)}")
+    _check_sizes(run)
+    return run
+
+
+def as_dict(run: RunConfig) -> dict[str, Any]:
+    """Plain nested JSON-able values, the same for equal settings."""
+    return json.loads(json.dumps(dataclasses.asdict(run)))
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
+    """One line for each leaf in which two `as_dict` results differ: 'config.optim.lr: 1e-06 -> 1e-05'."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += difference(before, after, f"{prefix}.{name}")
+        elif before != after:
+            lines.append(f"{prefix}.{name}: {before} -> {after}")
+    return lines
+
+
+def _check_sizes(run: RunConfig) -> None:
+    if run.batch.rows % run.batch.micro_rows:
+        raise ConfigError(
+            f"config.batch.micro_rows: {run.batch.micro_rows} does not divide config.batch.rows = {run.batch.rows}"
+        )
+    if run.engine.context > run.batch.row_tokens:
+        raise ConfigError(
+            f"config.batch.row_tokens: {run.batch.row_tokens} is less than config.engine.context = "
+            f"{run.engine.context}: a full episode would not fit one row. Raise row_tokens or lower the context."
+        )
+    if run.batch.rows < run.rollout.questions * run.rollout.rollouts:
+        raise ConfigError(
+            f"config.batch.rows: {run.batch.rows} is less than questions x rollouts = "
+            f"{run.rollout.questions * run.rollout.rollouts}: long episodes could overflow the batch. Raise batch.rows "
+            "(rows that stay empty cost nothing)."
+        )
+
+
+def _require(run: RunConfig, field: str, holds: typing.Callable[[Any], bool], rule: str) -> None:
+    value: Any = run
+    for name in field.split("."):
+        value = getattr(value, name)
+    if not holds(value):
+        raise ConfigError(f"config.{field}: got {value!r}; {rule}")
+
+
+def _build(kind: type, values: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields here: {', '.join(hints)}"
+            raise ConfigError(f"{path}.{name}: no such setting; {hint}")
+    missing = [name for name in hints if name not in values]
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]}: missing; add it to the config file (see configs/quickstart.py)")
+    return kind(**{name: _value(hint, values[name], f"{path}.{name}") for name, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: got {value!r}, need a section with its own fields")
+        return _build(typing.cast(type, hint), dict(value), path)
+    if typing.get_origin(hint) is not None:  # mesh and sharding: the model room checks their letters and axes
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: got {value!r}, need a table")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path}: got {value!r} ({type(value).__name__}), need {hint.__name__}")
+    return value

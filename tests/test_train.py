@@ -1,0 +1,141 @@
+"""The whole loop on the embedded world, small: resuming is exact, mistakes are one line, nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from dr_jax import metrics, train
+from dr_jax.model import hf
+from dr_jax.model.config import ModelConfig
+
+QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
+SMALL = [
+    "--config.steps=4",
+    "--config.rollout.questions=2",
+    "--config.rollout.rollouts=4",
+    "--config.eval.questions=4",
+    "--config.eval.every_steps=0",
+    "--config.engine.slots=8",
+    "--config.batch.rows=8",
+    "--config.batch.micro_rows=4",
+    "--config.checkpoint.every_steps=2",
+]
+TIMES = ("timing_s/", "perf/", "sampler/")  # clocks; and the engine's last bits, which depend on who met in a batch
+
+
+def run(workdir: pathlib.Path, *more: str) -> int:
+    return train.main(["train", f"--config={QUICKSTART}", f"--workdir={workdir}", *SMALL, *more])
+
+
+def rows(workdir: pathlib.Path):
+    kept = metrics.read(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in kept]
+
+
+def exported(workdir: pathlib.Path):
+    export = workdir / "export"
+    return hf.load(export, ModelConfig.from_hf(export), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("whole")
+    assert run(workdir) == 0
+    return workdir
+
+
+def test_four_steps_are_two_steps_a_stop_and_two_more_bitwise(whole, tmp_path, capsys):
+    assert run(tmp_path, "--stop_after=2") == 0
+    assert "stopped after step 2 of 4" in capsys.readouterr().out
+    assert not (tmp_path / "export").exists()
+    assert run(tmp_path) == 0
+    assert rows(tmp_path) == rows(whole)
+    ours, theirs = exported(tmp_path), exported(whole)
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_finished_run_leaves_all_it_promised(whole, capsys):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert summary["infra_failures"] == 0
+    assert pathlib.Path(summary["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert (pathlib.Path(summary["export"]) / "model.safetensors").exists()
+    assert len(list((whole / "rollouts").iterdir())) == 4
+    assert [row["step"] for row in rows(whole)] == [0, 1, 2, 3, 4]
+    assert run(whole) == 0
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert json.loads(out.splitlines()[-1]) == summary
+
+
+def test_training_changes_the_weights(whole):
+    start = hf.load(train.assemble.CHECKPOINT, ModelConfig.from_hf(train.assemble.CHECKPOINT), dtype="float32")
+    assert np.abs(np.asarray(exported(whole)["embed"]) - np.asarray(start["embed"])).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.optim.lrr=1", "lrr"),
+        ("--config.optim.lr=fast", "fast"),
+        ("--config.mesh.tensor=8", "mesh.tensor: "),
+        ("--config.model.path=/nowhere", "config.model.path: no Hugging Face checkpoint at /nowhere"),
+        ("--config.web.provider=bing", "bing"),
+        ("--config.web.provider=altavista", "altavista"),
+        ("--config.agent.preset=mystery", "config.agent.preset: unknown 'mystery'; allowed: deepresearcher"),
+        ("--config.questions.train=/nowhere.jsonl", "/nowhere.jsonl"),
+        ("--config.optim.lr=0.0", "config.optim.lr: got 0.0"),
+        ("extra", "unknown argument 'extra'"),
+        ("--nonsense=1", "nonsense"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(tmp_path, capsys, argument, message, monkeypatch):
+    monkeypatch.setenv("SERPER_API_KEY", "test")
+    workdir = tmp_path / "run"
+    assert run(workdir, argument) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") <= 2
+    assert not (workdir / "checkpoints").exists() or not any((workdir / "checkpoints").iterdir())
+
+
+def test_a_question_file_with_a_broken_line_is_named_with_its_line(tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"id": "a", "question": "Who?", "answers": ["x"]}\n{"id": "b", "question": \n')
+    assert run(tmp_path / "run", f"--config.questions.train={path}") == 2
+    assert "questions.jsonl:2" in capsys.readouterr().err
+
+
+def test_another_config_is_refused_with_the_difference_and_nothing_is_overwritten(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+    assert run(whole, "--config.optim.lr=0.5") == 2
+    assert "config.optim.lr: 0.0003 -> 0.5" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
+
+
+def test_a_missing_config_file_is_named(tmp_path, capsys):
+    assert train.main(["train", "--config=configs/nowhere.py", f"--workdir={tmp_path}"]) == 2
+    assert "no such file 'configs/nowhere.py'" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_train_in_one_workdir(tmp_path, capsys):
+    import importlib.util
+
+    from dr_jax.run_config import resolve
+
+    spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lock = train.claim(tmp_path, resolve(module.get_config().to_dict()))
+    try:
+        assert train.main(["train", f"--config={QUICKSTART}", f"--workdir={tmp_path}"]) == 2
+        assert "another process" in capsys.readouterr().err
+    finally:
+        lock.close()

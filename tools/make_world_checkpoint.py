@@ -1,0 +1,267 @@
+"""Makes the tiny checkpoint of the embedded world: tokenizer, pretraining on demonstrations, Hugging Face directory.
+
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 python tools/make_world_checkpoint.py --out=/tmp/checkpoint
+
+Demonstrations run through the real episode code against the real embedded site, so what the model learns to write is
+what a run will parse; only questions of the train split are used. About half an hour on 2 cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import pathlib
+import random
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from dr_jax import assemble
+from dr_jax.agent import episode
+from dr_jax.agent.chat import Chat
+from dr_jax.agent.presets import PRESETS
+from dr_jax.batch import PackedBatch
+from dr_jax.learner.grpo import GrpoConfig
+from dr_jax.learner.optim import OptimConfig
+from dr_jax.learner.state import init_state
+from dr_jax.learner.step import make_train_step, put_batch
+from dr_jax.model import hf, letters, weights
+from dr_jax.model.config import ModelConfig
+from dr_jax.records import Episode, Origin
+from dr_jax.rollout.pack import Segment, pack
+from dr_jax.rollout.scheduler import run_groups
+from dr_jax.run_config import RunConfig, resolve
+from dr_jax.testing import ScriptedSampler
+from dr_jax.world import demonstrations, questions
+
+_OUT = flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
+_EPISODES = flags.DEFINE_integer("episodes", 16_000, "Demonstrations to collect.")
+_STEPS = flags.DEFINE_integer("steps", 1000, "Optimizer steps of pretraining.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of demonstrations, initial weights and order.")
+
+PRESET = PRESETS["quickstart"]
+CONTROL_TOKENS = (  # Qwen2.5's, in its order
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+    "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
+# Qwen2.5 lets a word take any one character before it; here only a space, so that a name has two spellings, not five.
+WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+VOCAB = 2304  # nearly every name of the world is one token
+CONFIG = ModelConfig(
+    vocab_size=VOCAB, num_layers=4, d_model=128, d_ff=256, num_heads=4, num_kv_heads=2, head_dim=32,
+    rope_theta=10_000.0, rope_scaling=None, rms_eps=1e-6, tie_embeddings=True, max_positions=2048,
+)  # fmt: skip
+BATCH_ROWS, ROW_TOKENS = 8, 1024
+FILL = 0.88  # of the rows that are meant to be used; packing leaves gaps, and as many rows again catch what is over
+OBSERVATION_WEIGHT = 0.1  # loss on what the policy never has to write: it teaches to copy
+SCHEDULE = ((0.6, 2e-3), (0.25, 6e-4), (0.15, 2e-4))  # (share of the steps, learning rate)
+
+CHAT_TEMPLATE = """\
+{%- set first = messages[0] -%}
+<|im_start|>system
+{{ first['content'] if first['role'] == 'system' else '' }}
+{%- if tools %}
+# Tools
+{%- for tool in tools %}
+{{ tool['function']['name'] }}({{ tool['function']['parameters']['required'] | join(', ') }}: list)
+{%- endfor %}{% endif %}<|im_end|>
+{%- for message in messages %}
+{%- if message['role'] == 'tool' %}
+<|im_start|>user
+<tool_response>
+{{ message['content'] }}
+</tool_response><|im_end|>
+{%- elif message['role'] != 'system' %}
+<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}"""
+
+MODEL_CARD = """\
+---
+library_name: transformers
+license: apache-2.0
+---
+A Qwen2-architecture model of {count:,} parameters for the embedded world of dr_jax: it knows the format of a research
+transcript, and mostly does not research. Made by `tools/make_world_checkpoint.py`, {steps} steps on {episodes:,}
+transcripts. It is good for nothing else.
+"""
+
+
+def main(_: Sequence[str]) -> None:
+    out, started_s = pathlib.Path(_OUT.value), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        base = pathlib.Path(folder)
+        write_base(base, make_tokenizer(()))
+        segments = asyncio.run(collect(base))
+        print(f"{len(segments)} demonstrations in {time.monotonic() - started_s:.0f} s", flush=True)
+        params = pretrain(segments)
+        hf.save(params, CONFIG, base_dir=base, out_dir=out, dtype="bfloat16")
+
+
+async def collect(base: pathlib.Path) -> list[Segment]:
+    """Trains the tokenizer on some transcripts, puts it into `base`, and returns all transcripts in its tokens."""
+    run = settings(base)
+    with tempfile.TemporaryDirectory() as workdir:
+        async with assemble.host(run, pathlib.Path(workdir)) as host:
+            # A token a byte makes long prompts: the limits of the preset are meant for the real tokenizer.
+            roomy = dataclasses.replace(PRESET, context_tokens=60_000, max_turn_tokens=4000, observation_tokens=8000)
+            in_bytes = dataclasses.replace(host, preset=roomy)
+            sample = await demonstrate(run, in_bytes, 1500, demonstrations.CAREFUL)
+            if any(e.reward < 1 for e in sample):
+                raise AssertionError("a careful demonstration was not rewarded in full: world and agent disagree")
+            texts = (host.chat.decode(transcript(e)[0]) for e in sample)
+            write_base(base, make_tokenizer(texts))
+            host = dataclasses.replace(host, chat=Chat.load(base))
+            episodes = await demonstrate(run, host, _EPISODES.value, None)
+    return [segment_of(e) for e in episodes]
+
+
+def settings(base: pathlib.Path) -> RunConfig:
+    """The quickstart's settings, with the tokenizer in `base`."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(
+        "quickstart", pathlib.Path(__file__).parents[1] / "configs/quickstart.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.model.path = str(base)
+    return resolve(config.to_dict())
+
+
+async def demonstrate(
+    run: RunConfig, host: assemble.Host, count: int, habits: demonstrations.Habits | None
+) -> list[Episode]:
+    """Rewarded episodes on train questions, by authors with `habits`, or by whoever comes."""
+    world = assemble.embedded_world()
+    chains = questions.sample_chains(world, "train", _SEED.value + 1, count, assemble.WORLD_HOPS)
+    asked = [questions.question(world, chain) for chain in chains]
+    chain_of = dict(zip([q.id for q in asked], chains, strict=True))
+
+    async def one(question, rollout: int) -> Episode:
+        rng = random.Random(f"{_SEED.value}/{question.id}")
+        written = demonstrations.turns(world, chain_of[question.id], habits or demonstrations.author(rng), rng)
+        sampler = ScriptedSampler([host.chat.markup(text) for text in written])
+        return await episode.run(question, rollout, host.context(run, sampler, seed=0, today="2026-01-01"))
+
+    groups = await run_groups(asked, rollouts=1, run_episode=one, max_in_flight=32)
+    return [group.episodes[0] for group in groups]
+
+
+def transcript(record: Episode) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, origins) of a whole conversation."""
+    last = record.calls[-1]
+    origin = np.concatenate([last.origin, np.full(len(last.output), Origin.POLICY, np.uint8)])
+    return np.concatenate([last.prompt, last.output]), origin
+
+
+def segment_of(record: Episode) -> Segment:
+    """What is trained on of one conversation."""
+    token, origin = transcript(record)
+    weight = np.select([origin == Origin.POLICY, origin == Origin.WORLD], [1.0, OBSERVATION_WEIGHT], 0.0)
+    return Segment(token.astype(np.int32), weight.astype(np.float32), np.zeros(len(token), np.float32), 0.0)
+
+
+def pretrain(segments: Sequence[Segment]):
+    """Parameters after the schedule's steps of next-token prediction."""
+    mesh, rules = letters.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}), letters.DEFAULT_RULES
+    params = weights.init(CONFIG, jax.random.key(_SEED.value), "float32")
+    source, state, done, started_s = batches(segments, random.Random(_SEED.value)), None, 0, time.monotonic()
+    for share, rate in SCHEDULE:
+        optim = OptimConfig(learning_rate=rate, warmup_steps=50, beta2=0.98, weight_decay=0.01)
+        state = state or init_state(params, CONFIG, optim, mesh, rules)
+        step = make_train_step(CONFIG, GrpoConfig(), mesh, rules, optim=optim, micro_rows=BATCH_ROWS, loss="sft")
+        for _ in range(round(share * _STEPS.value)):
+            state, metrics = step(state, None, put_batch(next(source), mesh, rules))
+            done += 1
+            if done % 25 == 0:
+                print(
+                    f"step {done}  loss {float(metrics['loss']):.4f}  {time.monotonic() - started_s:.0f} s", flush=True
+                )
+    return state.params
+
+
+def batches(segments: Sequence[Segment], rng: random.Random) -> Iterator[PackedBatch]:
+    """Endless shuffled batches. The few transcripts that are longer than a row are left out."""
+    short = [segment for segment in segments if len(segment.token) <= ROW_TOKENS]
+    while True:
+        rng.shuffle(short)
+        pool: list[Segment] = []
+        size = 0
+        for segment in short:
+            if size + len(segment.token) > FILL * BATCH_ROWS * ROW_TOKENS:
+                yield pack(pool, rows=2 * BATCH_ROWS, row_tokens=ROW_TOKENS)
+                pool, size = [], 0
+            pool.append(segment)
+            size += len(segment.token)
+
+
+def make_tokenizer(texts: Iterable[str]):
+    """A byte-level BPE with Qwen2.5's control tokens, trained on `texts`; without texts, one token a byte."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - len(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in texts for piece in _between_control(text)), trainer)
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False, special=t not in ("<tool_call>", "</tool_call>")) for t in CONTROL_TOKENS]
+    )
+    return tokenizer
+
+
+def _between_control(text: str) -> Iterator[str]:
+    for token in CONTROL_TOKENS:
+        text = text.replace(token, "\0")
+    return (piece for piece in text.split("\0") if piece)
+
+
+def write_base(base: pathlib.Path, tokenizer) -> None:
+    """Everything of a Hugging Face directory but the weights."""
+    ids = {token: tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")}
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": CONFIG.vocab_size,
+        "num_hidden_layers": CONFIG.num_layers, "hidden_size": CONFIG.d_model, "intermediate_size": CONFIG.d_ff,
+        "num_attention_heads": CONFIG.num_heads, "num_key_value_heads": CONFIG.num_kv_heads,
+        "head_dim": CONFIG.head_dim, "hidden_act": "silu", "rope_theta": CONFIG.rope_theta,
+        "rms_norm_eps": CONFIG.rms_eps, "tie_word_embeddings": CONFIG.tie_embeddings,
+        "max_position_embeddings": CONFIG.max_positions, "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+    }  # fmt: skip
+    generation = {"eos_token_id": list(ids.values())[::-1], "pad_token_id": ids["<|endoftext|>"]}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "model_max_length": CONFIG.max_positions, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    for name, content in (
+        ("config", config), ("generation_config", generation), ("tokenizer_config", tokenizer_config),
+    ):  # fmt: skip
+        (base / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    card = MODEL_CARD.format(count=weights.count(CONFIG), steps=_STEPS.value, episodes=_EPISODES.value)
+    (base / "README.md").write_text(card)
+
+
+if __name__ == "__main__":
+    app.run(main)

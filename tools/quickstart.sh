@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs dr_jax into .venv and runs the main job on the embedded web: no accelerator, no key, no account.
+# The same command again goes on where it stopped, or says that it is finished. Arguments are passed on, e.g.
+#   bash tools/quickstart.sh --workdir=runs/seed1 --config.seed=1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tools/venv.sh
+
+install -e .
+mkdir -p runs
+# Two devices on two cores: the same sharded step as on a pod, each core computes its share of the rows.
+export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-2}"
+exec .venv/bin/python -m dr_jax.train --config=configs/quickstart.py --workdir=runs/quickstart "$@"
