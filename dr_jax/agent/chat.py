@@ -23,9 +23,8 @@ from dr_jax.errors import ConfigError
 from dr_jax.records import Origin
 
 _NEEDED = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>")
-_MAX_CHARS_PER_TOKEN = (
-    8  # more than prose ever has: long text is cut by characters before it is encoded (encoding holds the GIL)
-)
+# Longer text is cut by characters before it is encoded, for encoding holds the GIL. Prose has about four a token.
+_MAX_CHARS_PER_TOKEN = 6
 _CUT = " …[cut]"
 
 
@@ -114,15 +113,23 @@ class Chat:
         The user's turn holds the observation, cut at `preset.observation_tokens` (None = there is none), and after it
         our own `instruction`.
         """
-        body = [Text(instruction, Origin.TEMPLATE)]
-        if observation is not None:
-            # The closing tag is ordinary text in Qwen's vocabulary; a page must not be able to spell it.
-            safe = observation.replace("</tool_response>", "</ tool_response>")
-            body = [
-                Text("<tool_response>\n", Origin.TEMPLATE),
-                Text(self._cut(safe, preset.observation_tokens), Origin.WORLD),
-                Text("\n</tool_response>" + f"\n{instruction}" * bool(instruction), Origin.TEMPLATE),
-            ]
+        if observation is None:
+            return self._user_turn(preset, output, Text(instruction, Origin.TEMPLATE))
+        # The closing tag is ordinary text in Qwen's vocabulary; a page must not be able to spell it.
+        safe = observation.replace("</tool_response>", "</ tool_response>")
+
+        def turn(shown: str) -> Prompt:
+            opening, closing = "<tool_response>\n", "\n</tool_response>" + f"\n{instruction}" * bool(instruction)
+            pieces = ((opening, Origin.TEMPLATE), (shown, Origin.WORLD), (closing, Origin.TEMPLATE))
+            return self._user_turn(preset, output, *(Text(*piece) for piece in pieces))
+
+        if len(safe) <= preset.observation_tokens * _MAX_CHARS_PER_TOKEN:
+            whole = turn(safe)
+            if (whole.origin == Origin.WORLD).sum() <= preset.observation_tokens:
+                return whole
+        return turn(self._cut(safe, preset.observation_tokens))
+
+    def _user_turn(self, preset: Preset, output: Sequence[int] | np.ndarray, *body: Text) -> Prompt:
         return self._encode(
             *self._turn_end(output),
             *self._markup("<|im_start|>user\n"),
@@ -147,20 +154,19 @@ class Chat:
     def _encode(self, *pieces: int | Text) -> Prompt:
         """The pieces as tokens. Text between two control ids is encoded whole, as the tokenizer itself would do it;
         a token over a seam counts as the world's."""
-        tokens: list[int] = []
-        origin: list[int] = []
-        for is_text, group in itertools.groupby(pieces, lambda piece: isinstance(piece, Text)):
-            for token, author in self._encode_run(list(group)) if is_text else ((id, Origin.TEMPLATE) for id in group):
-                tokens.append(token)
-                origin.append(author)
-        return Prompt(np.asarray(tokens, np.int32), np.asarray(origin, np.uint8))
+        runs = [(kind, tuple(run)) for kind, run in itertools.groupby(pieces, type)]
+        parts = [self._encode_run(run) if kind is Text else _template_ids(run) for kind, run in runs]
+        parts.append(_template_ids(()))  # no pieces are a prompt of no tokens
+        return Prompt(np.concatenate([part.tokens for part in parts]), np.concatenate([part.origin for part in parts]))
 
-    def _encode_run(self, run: Sequence[Text]) -> Iterable[tuple[int, int]]:
+    def _encode_run(self, run: Sequence[Text]) -> Prompt:
         texts = [_encodable(piece.text) for piece in run]
-        author = np.repeat([piece.origin for piece in run], [len(text) for text in texts])
         encoding = self._plain.encode("".join(texts), add_special_tokens=False)
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            yield token, int(author[start:end].max(initial=Origin.TEMPLATE))
+        by_world = np.repeat([piece.origin is Origin.WORLD for piece in run], [len(text) for text in texts])
+        before = np.concatenate([[0], np.cumsum(by_world)])  # characters by the world before each place
+        start, end = np.asarray(encoding.offsets, int).reshape(-1, 2).T
+        origin = np.where(before[end] > before[start], Origin.WORLD, Origin.TEMPLATE)
+        return Prompt(np.asarray(encoding.ids, np.int32), origin.astype(np.uint8))
 
     def _cut(self, text: str, max_tokens: int) -> str:
         """`text`, cut to at most `max_tokens` tokens, with a mark at the end where anything is missing."""
@@ -174,6 +180,10 @@ class Chat:
         while head and (excess := len(self.plain(head + _CUT)) - max_tokens) > 0:
             head = head[:-excess]
         return head + _CUT
+
+
+def _template_ids(ids: Sequence[int]) -> Prompt:
+    return Prompt(np.asarray(ids, np.int32), np.full(len(ids), Origin.TEMPLATE, np.uint8))
 
 
 def _read_tokenizer(path: pathlib.Path) -> Any:

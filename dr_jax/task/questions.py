@@ -80,8 +80,8 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow  # noqa: PLC0415  # slow to import, and only this format needs it
-    import pyarrow.parquet  # noqa: PLC0415
+    import pyarrow  # slow to import, and only this format needs it
+    import pyarrow.parquet
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -93,8 +93,9 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 def _from_reference(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row of the reference's schema in our field names. What does not fit is left for `_question` to name."""
-    prompt, reward, extra = row.get("prompt") or [], row.get("reward_model") or {}, row.get("extra_info") or {}
-    users = [message.get("content") for message in prompt if message.get("role") == "user"]
+    messages = [message for message in row.get("prompt") or () if isinstance(message, Mapping)]
+    users = [message.get("content") for message in messages if message.get("role") == "user"]
+    reward, extra = (row[name] if isinstance(row.get(name), Mapping) else {} for name in ("reward_model", "extra_info"))
     truth = reward.get("ground_truth")
     return {
         "id": extra.get("index"),

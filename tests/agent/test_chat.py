@@ -108,13 +108,13 @@ HOSTILE = st.lists(FRAGMENTS, max_size=12).map("".join)
 
 
 @given(HOSTILE)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_text_from_outside_never_becomes_a_control_token(chat, text):
     control = set(chat.control.values())
     assert len(control) == 22
     assert not control & set(chat.plain(text))
     # As a question and as an observation: the markup around it is all there is.
-    opening, empty = (chat.opening(PRESET, question, today=TODAY).tokens for question in (text, "x"))
+    opening, empty = (chat.opening(PRESETS["quickstart"], question, today=TODAY).tokens for question in (text, "x"))
     assert np.isin(opening, list(control)).sum() == np.isin(empty, list(control)).sum()
     reply = chat.reply(PRESET, (), text)
     markup = [token for token in reply.tokens.tolist() if token in control]
@@ -160,11 +160,12 @@ def test_decode_names_control_tokens_and_survives_anything(chat):
     assert chat.decode([chat.control["<tool_call>"], 33, 151_900, np.int32(34)]) == "<tool_call>BC"
 
 
-def test_a_saved_tokenizer_loads_as_it_was(tmp_path, chat):
-    chat._full.save(str(tmp_path / "tokenizer.json"))
+def test_a_tokenizer_of_one_file_loads_as_it_was(tmp_path, byte_chat):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     again = Chat.load(tmp_path)
-    assert again.control == chat.control
-    assert again.plain(QUESTION) == chat.plain(QUESTION)
+    assert again.control == byte_chat.control
+    assert again.plain(QUESTION) == byte_chat.plain(QUESTION)
+    assert again.decode(again.plain(QUESTION)) == QUESTION
 
 
 def test_a_tokenizer_without_qwens_tokens_is_refused(tmp_path):

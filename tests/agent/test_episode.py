@@ -139,9 +139,9 @@ FRAGMENTS = st.sampled_from([
 
 
 @given(st.lists(st.lists(FRAGMENTS, max_size=8).map("".join), min_size=10, max_size=10), st.sampled_from(list(PRESETS)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_3_whatever_the_policy_writes(script, preset):
-    changes = {"invalid_action": "tell", "context_tokens": 12_000}
+    changes = {"invalid_action": "tell", "context_tokens": 12_000, "system": "Be brief.", "tools_section": ""}
     result = asyncio.run(episode(script, dataclasses.replace(PRESETS[preset], **changes)))
     assert result.calls
     assert -1 <= result.reward <= 1
@@ -259,9 +259,9 @@ async def test_6_an_engine_that_fails_is_not_the_policys_fault():
 
 
 async def test_6_a_deadline_keeps_what_was_done():
-    slow = ScriptedSampler([CHAT.markup(turn) for turn in GOOD], delay_s=lambda call: 5.0 if call == 2 else 0.0)
-    result = await episode([], sampler=slow, deadline_s=0.05)
-    assert (result.stop, len(result.calls), len(result.tool_uses)) == (StopReason.DEADLINE, 2, 2)
+    # A deadline of 0 strikes when the episode first waits, which is for its first search.
+    result = await episode(GOOD, deadline_s=0.0)
+    assert (result.stop, len(result.calls), len(result.tool_uses)) == (StopReason.DEADLINE, 1, 0)
     assert not result.trainable
 
 
@@ -301,9 +301,3 @@ async def test_sampling_is_the_contexts_within_the_presets_limits():
     assert setting.sampler.samplings[0] == Sampling(
         2000, temperature=0.7, top_p=0.9, top_k=5, stop_ids=CHAT.eos_ids, seed=seed_of(seed_of(7, "q1", 0), 0)
     )
-
-
-def test_seeds_are_the_same_in_every_process():
-    assert seed_of(7, "q1", 0) == 952694101
-    assert seed_of("1") != seed_of(1)
-    assert all(0 <= seed_of(i) < 2**31 for i in range(100))

@@ -73,7 +73,7 @@ def test_a_turn_that_says_something(text, expected):
         (payload('{"name": "web_search", "arguments": {"query": ["a"]}, "n": NaN}'), "NaN is not JSON"),
         (payload('{"name": "web_search", "arguments": {"query": ["a"]}, "n": -Infinity}'), "Infinity is not JSON"),
         (payload('{"name": "web_search", "arguments": {"query": ["a"], "query": ["b"]}}'), "duplicate key"),
-        (payload(json.dumps({"name": "web_search", "arguments": {"query": ["a" * 1_000_000]}})), "longer than"),
+        (payload(json.dumps({"name": "web_search", "arguments": {"query": ["a" * 20_000]}})), "longer than"),
         (payload("[1]"), "a call is an object"),
         (payload("null"), "a call is an object"),
         (payload('{"name": "web_search"}'), "a call is an object"),
@@ -119,7 +119,7 @@ PIECES = st.sampled_from([
 
 
 @given(st.lists(st.one_of(PIECES, st.text(max_size=3)), max_size=30).map("".join))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_parsing_never_raises(text):
     assert isinstance(parse("</think><tool_call>" + text), Answer | ToolCall | Malformed)
     assert isinstance(parse(text), Answer | ToolCall | Malformed)
@@ -219,7 +219,7 @@ async def test_a_dead_provider_is_not_an_empty_result():
     assert use.failures == (failure,)
 
 
-@pytest.mark.parametrize("query", ["", " \n", "a" * 2049, "\ud800"])
+@pytest.mark.parametrize("query", ["", " \n", "a" * 2049, "a" * 1_000_000, "\ud800"])
 async def test_a_query_that_cannot_be_sent_is_not_sent(query):
     web = TinyWeb(WEB)
     use = await toolbox(web).use(search("kite", query))

@@ -115,6 +115,8 @@ def test_parquet_with_our_columns(tmp_path):
         ({"reward_model": {"ground_truth": "", "style": "unknown"}}, "answers is"),
         ({"reward_model": None}, "answers is None"),
         ({"extra_info": None}, "id is None"),
+        ({"extra_info": "tq"}, "id is None"),
+        ({"prompt": "Who?"}, "text is None"),
     ],
 )
 def test_a_bad_parquet_row_is_named(tmp_path, change, words):
