@@ -33,14 +33,23 @@ from dr_jax.task import questions as question_files
 from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.http import open_session
-from dr_jax.web.search import open_search
+from dr_jax.web.search import find_provider, open_search
 from dr_jax.world import lore, site
 from dr_jax.world import questions as world_questions
 
 WORLD = "world"  # in a config: the embedded web, its questions, and the tiny checkpoint that goes with it
+WORLD_PROVIDER = "serper"  # whose JSON the embedded search engine speaks
 WORLD_SEED = 0  # the checkpoint was pretrained in this world
 WORLD_HOPS = {1: 0.35, 2: 0.35, 3: 0.2, 4: 0.1}  # share of questions by number of hops
 CHECKPOINT = pathlib.Path(__file__).parent / "world" / "checkpoint"
+
+
+def check(run: RunConfig) -> None:
+    """Raises `ConfigError` for every mistake that can be known before anything is opened, loaded or written."""
+    preset(run)
+    model_path(run)
+    find_provider(WORLD_PROVIDER if run.web.provider == WORLD else run.web.provider)
+    _api_key(run.web)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +97,9 @@ async def host(run: RunConfig, workdir: pathlib.Path) -> AsyncIterator[Host]:
         hosts: Mapping[str, tuple[str, int]] = {}
         provider, settings = web.provider, {}
         if web.provider == WORLD:
-            hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
-            provider, settings = "serper", {"endpoint": f"http://{site.SEARCH_HOST}/search"}
+            provider, settings = WORLD_PROVIDER, {"endpoint": f"http://{site.SEARCH_HOST}/search"}
+            if web.cache_mode != "replay":
+                hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
         cache = await stack.enter_async_context(Cache(workdir / "web.sqlite", web.cache_mode, web.cache_ttl_s))
         session = await stack.enter_async_context(open_session(hosts=hosts, contact=web.contact))
         searcher = open_search(

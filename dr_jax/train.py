@@ -62,6 +62,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, workdir: pathlib.Path):
         self.run, self.workdir = run, workdir
+        assemble.check(run)
         train, self.heldout = assemble.questions(run)
         self.order = QuestionOrder(train, run.seed)
         self.device = assemble.device(run)
@@ -252,8 +253,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Directory that owns the run.", flag_values=values, required=True)
     flags.DEFINE_integer(
-        "stop_after", None, "Stop after this many more optimizer steps, to go on later.", lower_bound=1, flag_values=values
-    )  # fmt: skip
+        "stop_after",
+        None,
+        "Stop after this many more optimizer steps, to go on later.",
+        lower_bound=1,
+        flag_values=values,
+    )
     return entry.run(_train, values, sys.argv if argv is None else argv)
 
 

@@ -41,7 +41,7 @@ from dr_jax.world import demonstrations, questions
 
 _OUT = flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
 _EPISODES = flags.DEFINE_integer("episodes", 16_000, "Demonstrations to collect.")
-_STEPS = flags.DEFINE_integer("steps", 1000, "Optimizer steps of pretraining.")
+_STEPS = flags.DEFINE_integer("steps", 800, "Optimizer steps of pretraining.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of demonstrations, initial weights and order.")
 
 PRESET = PRESETS["quickstart"]
@@ -51,9 +51,10 @@ CONTROL_TOKENS = (  # Qwen2.5's, in its order
     "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
-# Qwen2.5 lets a word take any one character before it; here only a space, so that a name has two spellings, not five.
-WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-VOCAB = 2304  # nearly every name of the world is one token
+# As Qwen2.5's, but a capital starts a token of its own: a name is spelled alike after a space, a quote or a slash, so
+# that copying one never means translating it.
+WORDS = r" ?\p{Ll}+|\p{Lu}\p{Ll}*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s"
+VOCAB = 1792  # every name of the world is one or two tokens
 CONFIG = ModelConfig(
     vocab_size=VOCAB, num_layers=4, d_model=128, d_ff=256, num_heads=4, num_kv_heads=2, head_dim=32,
     rope_theta=10_000.0, rope_scaling=None, rms_eps=1e-6, tie_embeddings=True, max_positions=2048,

@@ -144,9 +144,14 @@ _RETIRED = {
 }
 
 
-def open_search(provider: str, session: aiohttp.ClientSession, **settings: Any) -> Searcher:
-    """The client of `provider`, a name in `PROVIDERS`, with its own settings."""
+def find_provider(provider: str) -> Callable[..., Searcher]:
+    """The client of this name; `ConfigError` names the others where there is none."""
     if provider in PROVIDERS:
-        return PROVIDERS[provider](session, **settings)
+        return PROVIDERS[provider]
     why = _RETIRED.get(provider, "unknown provider")
     raise ConfigError(f"search.provider: {provider!r}: {why}. Use one of: {', '.join(PROVIDERS)}")
+
+
+def open_search(provider: str, session: aiohttp.ClientSession, **settings: Any) -> Searcher:
+    """The client of `provider`, a name in `PROVIDERS`, with its own settings."""
+    return find_provider(provider)(session, **settings)

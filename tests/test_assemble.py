@@ -1,0 +1,106 @@
+"""Settings become objects that work together, and the embedded world's checkpoint is a real Qwen2 directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from dr_jax import assemble
+from dr_jax.agent import episode
+from dr_jax.agent.chat import Chat
+from dr_jax.agent.presets import PRESETS
+from dr_jax.errors import ConfigError
+from dr_jax.records import Failure, FailureKind, StopReason
+from dr_jax.run_config import RunConfig, resolve
+from dr_jax.testing import ScriptedSampler
+from dr_jax.world import demonstrations
+from dr_jax.world import questions as world_questions
+
+QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def run() -> RunConfig:
+    spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return resolve(module.get_config().to_dict())
+
+
+def changed(run: RunConfig, section: str, **fields) -> RunConfig:
+    return dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **fields)})
+
+
+async def demonstrate(run, host, chain):
+    """The episode of a careful author on `chain`, through the real search, fetcher and reader."""
+    import random
+
+    world = assemble.embedded_world()
+    written = demonstrations.turns(world, chain, demonstrations.CAREFUL, random.Random(0))
+    context = host.context(run, ScriptedSampler(map(host.chat.markup, written)), seed=0, today="2026-01-01")
+    return await episode.run(world_questions.question(world, chain), 0, context)
+
+
+async def test_production_clients_research_the_embedded_web_and_replay_it_without_one(run, tmp_path):
+    chains = world_questions.sample_chains(assemble.embedded_world(), "heldout", 3, 6, {2: 1.0, 4: 1.0})
+    async with assemble.host(run, tmp_path) as host:
+        live = [await demonstrate(run, host, chain) for chain in chains]
+    assert [e.reward for e in live] == [1.0] * 6
+    assert all(e.stop is StopReason.ANSWERED and e.infra_failures == 0 for e in live)
+    assert any(use.tool == "browse_webpage" for e in live for use in e.tool_uses)
+
+    replay = changed(run, "web", cache_mode="replay")
+    async with assemble.host(replay, tmp_path) as host:
+        again = [await demonstrate(replay, host, chain) for chain in chains]
+        unseen = await host.browser.browse("http://lore.test/never_asked_for")
+    assert [[u.observation for u in e.tool_uses] for e in again] == [[u.observation for u in e.tool_uses] for e in live]
+    assert unseen == Failure(FailureKind.NOT_RECORDED, unseen.detail)
+
+
+def test_heldout_questions_share_nothing_with_training(run):
+    train, heldout = assemble.questions(run)
+    assert (len(train), len(heldout)) == (3000, 200)
+    assert not {q.id for q in train} & {q.id for q in heldout}
+
+
+def test_the_checkpoint_renders_chat_as_its_own_template_does(run):
+    from transformers import AutoTokenizer
+
+    preset, chat = PRESETS["quickstart"], Chat.load(assemble.CHECKPOINT)
+    messages = [{"role": "system", "content": preset.system}, {"role": "user", "content": "Who is the mayor?"}]
+    tokenizer = AutoTokenizer.from_pretrained(str(assemble.CHECKPOINT))
+    text = tokenizer.apply_chat_template(messages, tools=list(preset.tools), add_generation_prompt=True, tokenize=False)
+    opening = chat.opening(preset, "Who is the mayor?", today="2026-01-01")
+    assert chat.decode(opening.tokens) == text + preset.prefill
+    assert tokenizer(text + preset.prefill)["input_ids"] == opening.tokens.tolist()
+
+
+def test_the_checkpoint_is_the_same_network_for_transformers(run):
+    from dr_jax.model import hf
+
+    device = assemble.device(run)
+    assert hf.verify(assemble.CHECKPOINT, device.config, device.params) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("agent", {"preset": "deepresearcher"}, "config.engine.context: 2048 is less than the 32767 tokens"),
+        ("agent", {"preset": "nobody"}, "config.agent.preset: unknown 'nobody'; allowed: deepresearcher"),
+        ("model", {"path": "/nowhere"}, "config.model.path: no Hugging Face checkpoint at /nowhere"),
+        ("questions", {"world_count": 3}, "config.questions.train: world:train holds 3 questions, fewer than"),
+    ],
+)
+def test_each_mistake_is_named(run, section, fields, message):
+    wrong = changed(run, section, **fields)
+    with pytest.raises(ConfigError, match=message):
+        (assemble.questions if section == "questions" else assemble.check)(wrong)
+
+
+def test_a_provider_without_its_key_says_which_variable_to_set(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="export SERPER_API_KEY"):
+        assemble.check(changed(run, "web", provider="serper"))
