@@ -95,17 +95,26 @@ def constrain(x: jax.Array, letters: str, rules: Rules) -> jax.Array:
     """`x`, placed as `rules.activations` says. Needs a mesh in scope (`jax.set_mesh`): without one it raises."""
     if len(letters) != x.ndim:
         raise ConfigError(f"constrain: {letters!r} does not name the axes of an array of shape {x.shape}")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         raise ConfigError("constrain: no mesh in scope; call inside `with jax.set_mesh(make_mesh({...}))`")
-    return jax.lax.with_sharding_constraint(x, spec(letters, rules.activations))
+    placement = spec(letters, rules.activations)
+    for letter, size, entry in zip(letters, x.shape, placement, strict=True):
+        if size % math.prod(mesh.shape[axis] for axis in axes_of(entry)):  # XLA would pad or replicate, and say nothing
+            raise ConfigError(
+                f"constrain: {size} of {letter!r} in {letters!r} do not divide over {_show(entry, mesh.shape)}"
+            )
+    return jax.lax.with_sharding_constraint(x, placement)
 
 
 def make_mesh(shape: Mapping[str, int]) -> Mesh:
     """A mesh over the first devices, e.g. `make_mesh({'data': 1, 'fsdp': 2, 'tensor': 2})`."""
     need = math.prod(shape.values())
     if min(shape.values()) < 1 or need > jax.device_count():
-        given = " x ".join(f"{axis}={size}" for axis, size in shape.items())
-        raise ConfigError(f"mesh: {given} needs {need} devices, this run has {jax.device_count()}. Set config.mesh.")
+        have = jax.device_count()
+        raise ConfigError(
+            f"mesh: {_show(tuple(shape), shape)} needs {need} devices, this run has {have}. Set config.mesh."
+        )
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
@@ -128,8 +137,7 @@ def check_mesh(config: ModelConfig, mesh_shape: Mapping[str, int], rules: Rules)
                 axis = max(axes, key=mesh_shape.__getitem__)
                 allowed = _join(_divisors(config, mesh_shape, rules, axis))
                 raise ConfigError(
-                    f"mesh.{axis}: {size} {_WORDS[letter]} do not divide over "
-                    f"{' x '.join(f'{a}={mesh_shape[a]}' for a in axes)}. "
+                    f"mesh.{axis}: {size} {_WORDS[letter]} do not divide over {_show(axes, mesh_shape)}. "
                     f"{_name(config)} allows {axis} = {allowed}. Set config.mesh.{axis}."
                 )
 
@@ -142,6 +150,10 @@ def _divisors(config: ModelConfig, mesh_shape: Mapping[str, int], rules: Rules, 
             if axis in axes:
                 common = math.gcd(common, size // math.prod(mesh_shape[a] for a in axes if a != axis))
     return [x for x in range(1, common + 1) if common % x == 0]
+
+
+def _show(axes: Axes, mesh_shape: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={mesh_shape[axis]}" for axis in axes_of(axes))
 
 
 def _join(numbers: list[int]) -> str:
