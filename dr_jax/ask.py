@@ -38,12 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("question", None, "What to find out.", flag_values=values, required=True)
     flags.DEFINE_string("checkpoint", None, "Hugging Face directory that answers.", flag_values=values)
-    return entry.run(_ask, values, sys.argv if argv is None else argv)
+    return entry.run(_ask, values, about=__doc__, argv=argv)
 
 
 def _ask(run: RunConfig, values: flags.FlagValues) -> None:
     if values.checkpoint:
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=values.checkpoint))
+    assemble.check(run)
     # One sequence: no need for the slots of a training run.
     run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, slots=1, prefill_rows=1))
     device = assemble.device(run)

@@ -18,10 +18,23 @@ from dr_jax.errors import ConfigError, DrJaxError, RolloutHalted
 from dr_jax.run_config import RunConfig, resolve
 
 
-def run(command: Callable[[RunConfig, flags.FlagValues], None], values: flags.FlagValues, argv: Sequence[str]) -> int:
-    """The exit code of `command`, called with the resolved --config and the parsed flags of `values`."""
+def run(
+    command: Callable[[RunConfig, flags.FlagValues], None],
+    values: flags.FlagValues,
+    *,
+    about: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """The exit code of `command`, called with the resolved --config and the parsed flags of `values`.
+
+    `about` is what --help says before it lists the flags; `argv` is the process's own where it is None.
+    """
+    argv = sys.argv if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     config_flags.DEFINE_config_file("config", None, "The run: a file in configs/.", flag_values=values)
+    if {"--help", "-h"} & set(argv):
+        print(f"{about}\nFlags:\n{values.get_help()}")
+        return 0
     try:
         _parse(values, argv)
         command(resolve(values.config.to_dict()), values)

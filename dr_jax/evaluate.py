@@ -88,12 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Where the cache and the episodes go.", flag_values=values, required=True)
     flags.DEFINE_string("checkpoint", None, "Hugging Face directory to evaluate.", flag_values=values)
-    return entry.run(_evaluate, values, sys.argv if argv is None else argv)
+    return entry.run(_evaluate, values, about=__doc__, argv=argv)
 
 
 def _evaluate(run: RunConfig, values: flags.FlagValues) -> None:
     if values.checkpoint:
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=values.checkpoint))
+    assemble.check(run)
     workdir = pathlib.Path(values.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     _, questions = assemble.questions(run)

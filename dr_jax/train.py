@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lower_bound=1,
         flag_values=values,
     )
-    return entry.run(_train, values, sys.argv if argv is None else argv)
+    return entry.run(_train, values, about=__doc__, argv=argv)
 
 
 def _train(run: RunConfig, values: flags.FlagValues) -> None:
