@@ -1,0 +1,108 @@
+"""One request to the engine: what is asked, what has been drawn so far, and who waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dr_jax.engine.decode import MAX_STOP_IDS
+from dr_jax.records import Finish, Sampled, Sampling
+
+Tokens = Sequence[int] | np.ndarray
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt to continue, or (without `sampling`) a prompt and a continuation to score from position `score_from`."""
+
+    tokens: np.ndarray  # int32
+    sampling: Sampling | None
+    score_from: int
+    budget: int  # tokens to be drawn at most
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Sampled]
+    drawn: list[int] = dataclasses.field(default_factory=list)
+    logps: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def goal(self) -> int:
+        """Tokens to prefill: all but the last, which is fed when the next one is drawn, or needs no successor."""
+        return len(self.tokens) - 1
+
+    @property
+    def scoring(self) -> bool:
+        return self.sampling is None
+
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits any more. Reading a future's state is safe from any thread."""
+        return self.future.cancelled()
+
+    def resolve(self, finish: Finish, version: int, detail: str = "") -> None:
+        """Hands over what was drawn (for a score: the log-probabilities). From any thread."""
+        drawn = self.tokens[self.score_from + 1 :] if self.scoring else np.asarray(self.drawn, np.int32)
+        logps = np.asarray(self.logps, np.float32)
+        result = Sampled(drawn[: len(logps)], logps, finish, version, detail)
+
+        def set_result() -> None:
+            if not self.future.done():
+                self.future.set_result(result)
+
+        with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody waits
+            self.loop.call_soon_threadsafe(set_result)
+
+
+def as_tokens(tokens: Tokens, vocab_size: int, name: str) -> tuple[np.ndarray, str]:
+    """(int32 array, what is wrong with it or '')."""
+    array = np.asarray(tokens)
+    if array.ndim != 1 or array.size == 0:
+        return np.zeros(0, np.int32), f"{name}: empty, or not a flat list of token ids"
+    if array.dtype.kind not in "iu":
+        return np.zeros(0, np.int32), f"{name}: token ids must be integers, got {array.dtype}"
+    if array.min() < 0 or array.max() >= vocab_size:
+        wrong = array[(array < 0) | (array >= vocab_size)][0]
+        return np.zeros(0, np.int32), f"{name}: token id {wrong} is not in the vocabulary of {vocab_size}"
+    return array.astype(np.int32), ""
+
+
+def complaint(sampling: Sampling, *, vocab_size: int, can_decode: bool) -> str:
+    """What is wrong with `sampling`, or ''."""
+    unknown = [i for i in sampling.stop_ids if not 0 <= i < vocab_size]
+    checks = {
+        f"max_new_tokens: got {sampling.max_new_tokens}, must be at least 1": sampling.max_new_tokens < 1,
+        f"temperature: got {sampling.temperature}, must be 0 (greedy) or more": not 0
+        <= sampling.temperature
+        < math.inf,
+        f"top_p: got {sampling.top_p}, must be in (0, 1]": not 0 < sampling.top_p <= 1,
+        f"top_k: got {sampling.top_k}, must be 0 (all) or more": sampling.top_k < 0,
+        f"stop_ids: {unknown} are not in the vocabulary of {vocab_size}": bool(unknown),
+        f"stop_ids: got {len(sampling.stop_ids)}, at most {MAX_STOP_IDS}": len(sampling.stop_ids) > MAX_STOP_IDS,
+        "stop_strings: this engine was made without decode_text": bool(sampling.stop_strings) and not can_decode,
+        "stop_strings: an empty string stops everything": "" in sampling.stop_strings,
+    }
+    return next((text for text, wrong in checks.items() if wrong), "")
+
+
+def stop_string_end(
+    drawn: Sequence[int], new: int, stops: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> int:
+    """Number of drawn tokens up to the one that completes a stop string, looking at the last `new`; 0 = none does.
+
+    Decodes a window: a stop string of n bytes ends within n tokens, and 4 more complete a character cut at the
+    window's edge.
+    """
+    widest = max(len(stop.encode()) for stop in stops) + 4
+
+    def found(end: int) -> bool:
+        text = decode(drawn[max(0, end - widest) : end])
+        return any(stop in text for stop in stops)
+
+    text = decode(drawn[max(0, len(drawn) - new - widest) :])
+    if not any(stop in text for stop in stops):
+        return 0
+    return next((end for end in range(len(drawn) - new + 1, len(drawn) + 1) if found(end)), 0)

@@ -1,0 +1,232 @@
+"""The engine: an asyncio face over one device thread that serves all requests together.
+
+Every JAX call happens on the device thread (`rounds.py`). Requests wait in a queue, first come first served, until a
+slot is free; whoever finishes leaves its slot at once, and an episode that waits for the web holds none (it usually
+finds its keys and values again: `slots.py`). Results depend neither on the company a request has nor on what was
+reused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dr_jax.engine.request import Request, Tokens, as_tokens, complaint
+from dr_jax.engine.rounds import DecodeText, Rounds
+from dr_jax.errors import ConfigError, DrJaxError
+from dr_jax.model.config import ModelConfig
+from dr_jax.model.letters import Rules, axes_of, check_mesh
+from dr_jax.model.weights import Params
+from dr_jax.records import Finish, Sampled, Sampling
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Weights(NamedTuple):
+    """A hand-over of weights, as it travels to the device thread."""
+
+    params: Params
+    version: int
+    done: Future[None]
+
+
+class Engine:
+    """Serves `generate` and `score` (`interfaces.Sampler`) from one set of weights on a host-local mesh.
+
+    Owns the device thread and the cache; `close` (or leaving `async with`) ends both. Compiles its programs when it
+    starts, and never again. `decode_text` turns token ids into text; only stop strings need it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        mesh: Mesh,
+        rules: Rules,
+        slots: int,
+        context: int,
+        prefill_rows: int = 4,
+        prefill_chunk: int = 64,
+        decode_steps: int = 8,
+        max_waiting: int = 65_536,
+        decode_text: DecodeText | None = None,
+    ):
+        sizes = dict(
+            slots=slots, context=context, prefill_rows=prefill_rows, prefill_chunk=prefill_chunk,
+            decode_steps=decode_steps
+        )  # fmt: skip
+        _check(config, mesh, rules, sizes | dict(max_waiting=max_waiting))
+        self._vocab_size, self._context, self._max_waiting = config.vocab_size, context, max_waiting
+        self._can_decode = decode_text is not None
+        self._mesh = mesh
+        with jax.set_mesh(mesh):
+            self._rounds = Rounds(config, params, mesh=mesh, rules=rules, decode_text=decode_text, **sizes)
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._inbox: queue.SimpleQueue[Request | _Weights | None] = queue.SimpleQueue()
+        self._busy_s = 0.0
+        self._admission = threading.Lock()  # nothing enters the inbox once `_closed` says why
+        self._closed = ""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, prompt: Tokens, sampling: Sampling) -> Sampled:
+        """A continuation of `prompt`. Never raises for a bad request or a broken engine: `Finish.ERROR` with a detail.
+
+        Ends with `Finish.LENGTH` where prompt and output fill the context. `version` is that of the weights that drew
+        the last token: a request in flight goes on under new weights. Seeds count modulo 2**32.
+        """
+        tokens, wrong = as_tokens(prompt, self._vocab_size, "prompt")
+        wrong = wrong or complaint(sampling, vocab_size=self._vocab_size, can_decode=self._can_decode)
+        if len(tokens) >= self._context:
+            wrong = wrong or f"prompt: {len(tokens)} tokens leave no room in the context of {self._context}"
+        budget = min(sampling.max_new_tokens, self._context - len(tokens))
+        return await self._submit(tokens, sampling, score_from=len(tokens) - 1, budget=budget, wrong=wrong)
+
+    async def score(self, prompt: Tokens, continuation: Tokens) -> np.ndarray:
+        """Log-probability (f32, nats) of each continuation token given all before it, at temperature 1.
+
+        Raises `ConfigError` for tokens that cannot be scored, `DrJaxError` if the engine is closed or broke.
+        """
+        head, wrong = as_tokens(prompt, self._vocab_size, "prompt")
+        tail, also_wrong = as_tokens(continuation, self._vocab_size, "continuation")
+        if len(head) + len(tail) > self._context:
+            wrong = wrong or f"score: {len(head)} + {len(tail)} tokens exceed the context of {self._context}"
+        if wrong or also_wrong:
+            raise ConfigError(wrong or also_wrong)
+        scored = await self._submit(np.concatenate([head, tail]), None, score_from=len(head) - 1, budget=0, wrong="")
+        if scored.finish is Finish.ERROR:
+            raise DrJaxError(scored.detail)
+        return scored.logps
+
+    async def _submit(
+        self, tokens: np.ndarray, sampling: Sampling | None, *, score_from: int, budget: int, wrong: str
+    ) -> Sampled:
+        loop = asyncio.get_running_loop()
+        request = Request(tokens, sampling, score_from, budget, loop, loop.create_future())
+        with self._admission:
+            if self._inbox.qsize() + len(self._waiting) >= self._max_waiting:
+                wrong = wrong or f"engine: {self._max_waiting} requests are waiting already (max_waiting)"
+            wrong = wrong or self._closed
+            if not wrong:
+                self._inbox.put(request)
+        if wrong:
+            request.resolve(Finish.ERROR, self._rounds.version, wrong)
+        return await request.future
+
+    def set_weights(self, params: Params, version: int) -> None:
+        """Returns once the engine holds its own copy of `params`, resharded on device; later samples carry `version`.
+
+        Takes effect between two rounds. What was kept of finished sequences is forgotten; sequences in flight go on
+        with the keys and values they have. Blocks for a round, so call it outside the event loop; every leaf must be
+        addressable here.
+        """
+        done: Future[None] = Future()
+        with self._admission:
+            if self._closed:
+                raise DrJaxError(self._closed)
+            self._inbox.put(_Weights(params, version, done))
+        done.result()
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start (tokens drawn, prefilled, kept in a slot, copied; busy seconds), and the load now."""
+        return {
+            **self._rounds.counts,
+            "busy_s": self._busy_s,
+            "serving": len(self._rounds.serving),
+            "waiting": len(self._waiting),
+            "version": self._rounds.version,
+        }
+
+    def close(self) -> None:
+        """Ends the device thread. Whoever still waits gets `Finish.ERROR`."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _run(self) -> None:
+        reason = "engine: closed"
+        try:
+            with jax.set_mesh(self._mesh):
+                self._rounds.warm_up()
+                self._serve()
+        # The border: whatever breaks here (a device error, a bug) must reach those who wait, or they would wait
+        # forever.
+        except Exception as error:  # noqa: BLE001
+            _LOG.exception("the engine's device thread broke")
+            reason = f"engine: {type(error).__name__}: {error}"
+        with self._admission:
+            self._closed = reason
+        self._abandon(reason)
+
+    def _serve(self) -> None:
+        while self._take_in():
+            started_s = time.monotonic()
+            self._rounds.drop_cancelled()
+            while self._waiting and self._rounds.has_room:
+                request = self._waiting.popleft()
+                if not request.cancelled:
+                    self._rounds.admit(request)
+            self._rounds.run()
+            self._busy_s += time.monotonic() - started_s
+
+    def _take_in(self) -> bool:
+        """False once the engine is to close. Sleeps while there is nothing to do."""
+        while not self._inbox.empty() or not (self._rounds.serving or self._waiting):
+            match self._inbox.get():
+                case None:
+                    return False
+                case _Weights() as weights:
+                    self._take_weights(weights)
+                case request:
+                    self._waiting.append(request)
+        return True
+
+    def _take_weights(self, weights: _Weights) -> None:
+        try:
+            self._rounds.set_weights(weights.params, weights.version)
+        except (ValueError, TypeError, RuntimeError) as error:  # of another model, or deleted: the caller's mistake
+            weights.done.set_exception(error)
+        else:
+            weights.done.set_result(None)
+
+    def _abandon(self, reason: str) -> None:
+        left = [*self._rounds.serving.values(), *self._waiting]
+        while not self._inbox.empty():
+            match self._inbox.get():
+                case _Weights(done=done):
+                    done.set_exception(DrJaxError(reason))
+                case Request() as request:
+                    left.append(request)
+        for request in left:
+            request.resolve(Finish.ERROR, self._rounds.version, reason)
+
+
+def _check(config: ModelConfig, mesh: Mesh, rules: Rules, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"engine.{name}: got {size}, must be at least 1")
+    if sizes["context"] > config.max_positions:
+        raise ConfigError(f"engine.context: got {sizes['context']}, this model goes up to {config.max_positions}")
+    check_mesh(config, mesh.shape, rules)
+    spread = [axis for axis in axes_of(rules.activations["b"]) if mesh.shape[axis] > 1]
+    if spread:
+        raise ConfigError(
+            f"engine mesh: slots do not spread over devices, but mesh axis {spread[0]} (letter b) has size "
+            f"{mesh.shape[spread[0]]}. Give the engine a mesh in which only 'tensor' is above 1."
+        )
