@@ -31,7 +31,9 @@ def run(
     """
     argv = sys.argv if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    config_flags.DEFINE_config_file("config", None, "The run: a file in configs/.", flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", None, "The run: a file in configs/.", flag_values=values, sys_argv=list(argv)
+    )
     if {"--help", "-h"} & set(argv):
         print(f"{about}\nFlags:\n{values.get_help()}")
         return 0
