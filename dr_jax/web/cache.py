@@ -232,6 +232,8 @@ class CachedBrowser:
     """The Browser: fetches a page, extracts its text in a thread, and keeps the text."""
 
     def __init__(self, fetcher: Fetcher, cache: Cache, *, max_segment_chars: int = 4000):
+        if max_segment_chars < 1:
+            raise ConfigError(f"max_segment_chars: {max_segment_chars} is less than 1; a few thousand is usual")
         self._fetcher, self._cache, self._max_segment_chars = fetcher, cache, max_segment_chars
 
     async def browse(self, url: str) -> Page | Failure:

@@ -18,7 +18,7 @@ from dr_jax.records import Failure, FailureKind
 from dr_jax.web.guard import AddressPolicy, Hosts, Lookup, admit, check_hosts, system_lookup
 from dr_jax.web.http import Timeouts, failure_of, open_session, read_body, retry, retry_after_s
 from dr_jax.web.page import Response
-from dr_jax.web.text import MAX_URL_CHARS
+from dr_jax.web.text import MAX_URL_CHARS, clean_line
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TYPES = frozenset({"", "text/html", "application/xhtml+xml", "text/plain"})  # "": extraction looks at the bytes
@@ -137,7 +137,7 @@ class Fetcher:
         # Header bytes above 0x7f arrive as lone surrogates.
         content_type = response.headers.get("Content-Type", "").encode("ascii", "replace").decode()
         if content_type.partition(";")[0].strip().lower() not in _TYPES:
-            return Failure(FailureKind.UNSUPPORTED_TYPE, content_type[:80], status)
+            return Failure(FailureKind.UNSUPPORTED_TYPE, clean_line(content_type, 80), status)
         body = await read_body(response, self._limits.max_bytes)
         if isinstance(body, Failure):
             return body

@@ -107,15 +107,18 @@ def _segments(lines: Iterable[str], max_chars: int) -> Iterator[str]:
 
 def _pieces(line: str, max_chars: int) -> Iterator[str]:
     """`line`, in parts where it is longer than a segment: cut after a sentence, else at a space, else anywhere."""
+    shortest = max(max_chars // 2, 1)
     while len(line) > max_chars:
-        cut = max((line.rfind(mark, 0, max_chars) + 1 for mark in (". ", "! ", "? ", "。")), default=0)
-        if cut < max_chars // 2:
+        cut = max(line.rfind(mark, 0, max_chars) + 1 for mark in (". ", "! ", "? ", "。"))
+        if cut < shortest:
             cut = line.rfind(" ", 0, max_chars)
-        if cut < max_chars // 2:
+        if cut < shortest:
             cut = max_chars
-        yield line[:cut].rstrip()
+        if piece := line[:cut].rstrip():
+            yield piece
         line = line[cut:].lstrip()
-    yield line
+    if line:
+        yield line
 
 
 # The walk -----------------------------------------------------------------------------------------------------------

@@ -256,6 +256,12 @@ def test_config_errors(tmp_path):
         Cache(tmp_path / "no" / "such" / "folder")
 
 
+async def test_a_segment_holds_something(tmp_path):
+    async with Cache(tmp_path / "c") as cache:
+        with pytest.raises(ConfigError, match="max_segment_chars: 0 is less than 1"):
+            CachedBrowser(Fetcher(), cache, max_segment_chars=0)
+
+
 def http(body: bytes, type: str) -> bytes:
     return f"HTTP/1.1 200 OK\r\nContent-Type: {type}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 

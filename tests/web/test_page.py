@@ -155,13 +155,18 @@ def test_a_block_longer_than_a_segment_is_cut_after_a_sentence():
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 120)), min_size=1, max_size=30), st.integers(20, 100))
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 120)), min_size=1, max_size=20), st.integers(1, 100))
 def test_segments_hold_all_the_text_within_the_limit(blocks, limit):
     html = "".join(f"<h3>{'h' * n}</h3>" if heading else f"<p>{'p' * n}</p>" for heading, n in blocks)
     cut = page(html, max_segment_chars=limit).segments
     assert all(0 < len(segment) <= limit for segment in cut)
     assert "".join(cut).count("p") == sum(n for heading, n in blocks if not heading)
     assert "".join(cut).count("h") == sum(n for heading, n in blocks if heading)
+
+
+def test_a_cut_inside_an_indentation_leaves_no_empty_piece():
+    cut = page("<pre>x\n" + " " * 150 + "y</pre>", max_segment_chars=100).segments
+    assert cut == ("x\ny",)
 
 
 def test_text_is_capped_and_says_so():
