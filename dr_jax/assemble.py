@@ -148,6 +148,7 @@ def device(run: RunConfig) -> Device:
         grpo=GrpoConfig(
             clip_low=run.grpo.clip_low,
             clip_high=run.grpo.clip_high,
+            old_logp=run.grpo.old_logp,
             kl_coef=run.grpo.kl_coef,
             entropy_coef=run.grpo.entropy_coef,
             temperature=run.agent.temperature,

@@ -81,6 +81,7 @@ class Grpo:
     advantage: str  # 'std' as the reference, 'mean' as Dr. GRPO
     clip_low: float
     clip_high: float
+    old_logp: str  # 'learner' (as the reference; exact resume) or 'sampler' (a row of learner.grpo.OLD_LOGPS)
     kl_coef: float  # k3 KL to the frozen starting point, in the loss; 0 = no reference model is kept
     entropy_coef: float
 
@@ -153,6 +154,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "export.dtype": ("float32", "bfloat16"),
     "grpo.advantage": ("std", "mean"),
+    "grpo.old_logp": ("learner", "sampler"),
 }
 
 

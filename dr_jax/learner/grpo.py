@@ -25,6 +25,12 @@ _MAX_LOG_RATIO = 20.0  # nats; beyond it exp() says nothing but overflow
 _MAX_KL = 10.0  # nats per token, as the reference
 
 
+# 'sampler': the log-probability with which the token was drawn, so the clip also bounds what a sampler that rounds
+# differently, or that has older weights, can do. 'learner': the learner's own, as the reference recomputes it; with one
+# update per batch the ratio is then exactly 1, and nothing of the sampler's rounding reaches the parameters.
+OLD_LOGPS = ("sampler", "learner")
+
+
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
     """What is optimised. `temperature` must be the sampling temperature, or the ratios are wrong."""
@@ -34,8 +40,11 @@ class GrpoConfig:
     kl_coef: float = 0.001  # 0 = no reference model is needed
     entropy_coef: float = 0.0  # a bonus: subtracted from the loss
     temperature: float = 1.0
+    old_logp: str = "sampler"  # what the ratio is taken against: a row of OLD_LOGPS
 
     def __post_init__(self) -> None:
+        if self.old_logp not in OLD_LOGPS:
+            raise ConfigError(f"old_logp: got {self.old_logp!r}, allowed are {', '.join(OLD_LOGPS)}")
         if not 0 < self.clip_low <= 1:
             raise ConfigError(f"clip_low: got {self.clip_low}, need 0 < clip_low <= 1 (the reference has 0.2)")
         if not self.clip_high > 0:
@@ -91,20 +100,20 @@ def grpo_terms(
 ) -> Terms:
     """Numerators of the clipped policy-gradient loss with a KL penalty, and their one denominator.
 
-        ratio = exp(logp - batch.logp)
+        ratio = exp(logp - old_logp)                                              (old_logp: see `OLD_LOGPS`)
         kl    = exp(ref_logp - logp) - (ref_logp - logp) - 1                                 (k3, never negative)
         loss  = sum(weight * (-min(ratio * A, clip(ratio) * A) + kl_coef * kl - entropy_coef * entropy)) / sum(weight)
 
     Differs from the paper: (1) token mean over the global batch, not a mean of per-answer means, so long answers are
-    not discounted; (2) two clip bounds instead of one; (3) old log-probabilities are the sampler's own, so the clip
-    also bounds what a sampler that rounds differently can do. `ref_logp_bt` may be None where kl_coef is 0.
+    not discounted; (2) two clip bounds instead of one. `ref_logp_bt` may be None where kl_coef is 0.
     Source: GRPO, arXiv:2402.03300, eq. 3; (1) and (2) are DAPO, arXiv:2503.14476; k3: joschu.net/blog/kl-approx.html.
     """
     weight_bt, advantage_bt = batch.weight_bt, batch.advantage_bt
     trained_bt = weight_bt > 0
     # Untrained columns are replaced before exp(): weight 0 times inf would be NaN, and so would its gradient.
     delta_bt = jnp.where(trained_bt, logp_bt - batch.logp_bt, 0.0)
-    ratio_bt = jnp.exp(jnp.clip(delta_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    moved_bt = delta_bt if cfg.old_logp == "sampler" else logp_bt - jax.lax.stop_gradient(logp_bt)
+    ratio_bt = jnp.exp(jnp.clip(moved_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     low_bt = (advantage_bt < 0) & (ratio_bt < 1.0 - cfg.clip_low)
     high_bt = (advantage_bt > 0) & (ratio_bt > 1.0 + cfg.clip_high)
     bounded_bt = jnp.where(low_bt, 1.0 - cfg.clip_low, jnp.where(high_bt, 1.0 + cfg.clip_high, ratio_bt))
