@@ -53,7 +53,7 @@ def tiny(tmp_path_factory):
         model = transformers.Qwen2ForCausalLM(hf_config).eval()
         with torch.no_grad():
             for weight in model.parameters():
-                weight.mul_(3).add_(0.1 * torch.randn_like(weight))
+                weight.mul_(2).add_(0.05 * torch.randn_like(weight))
         directory = tmp_path_factory.mktemp("tiny")
         model.save_pretrained(directory)
         return Tiny(directory, ModelConfig.from_hf(directory), model)

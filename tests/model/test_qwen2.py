@@ -65,7 +65,7 @@ def test_logits_equal_transformers_alone_padded_and_packed(tiny, variant):
     token_bt, segment_bt, position_bt = BATCH
     got_btv = np.asarray(logits(params, model.config, *BATCH))
     assert got_btv.dtype == np.float32
-    assert np.abs(got_btv[0]).max() > 5  # logits large enough for 1e-4 to mean something
+    assert np.abs(got_btv[0]).max() > 2  # large enough for 1e-4 to mean something
 
     # Row 0 is full, row 1 padded on the right: transformers gets them as one padded batch.
     want_btv = theirs(model, token_bt[:2], (segment_bt[:2] > 0).astype(np.int64))
@@ -152,7 +152,7 @@ def test_sharded_equals_unsharded(small):
     with jax.set_mesh(mesh):
         got_btv = logits(jax.device_put(params, weights.shardings(config, mesh, DEFAULT_RULES)), config, *BATCH)
     assert got_btv.sharding.shard_shape(got_btv.shape) == (2, T, 128)
-    np.testing.assert_allclose(got_btv, want_btv, atol=1e-4)
+    np.testing.assert_allclose(got_btv, want_btv, atol=2e-5)
 
 
 def test_cache_is_carried_through_every_layer(small):
@@ -170,7 +170,7 @@ def test_cache_is_carried_through_every_layer(small):
     ))  # fmt: skip
     x_btd, cache_k_lbskh = forward(empty)
     assert (np.abs(cache_k_lbskh).sum((1, 2, 3, 4)) > 0).all()
-    np.testing.assert_allclose(qwen2.unembed(params, config, x_btd), logits(params, config, *BATCH), atol=1e-4)
+    np.testing.assert_allclose(qwen2.unembed(params, config, x_btd), logits(params, config, *BATCH), atol=2e-5)
 
 
 def test_computes_in_the_dtype_of_the_params(small):
