@@ -1,0 +1,177 @@
+"""Checkpoints on disk, through Orbax (nothing else imports it). One step directory holds all or nothing of a step.
+
+A step holds three items: `params`, `rest` (optimizer, step counter, random key) and `meta` (JSON: what the run needs to
+go on, and a checksum of every leaf; the array format itself does not notice a flipped bit).
+"""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from dr_jax.errors import CheckpointError
+from dr_jax.learner.state import TrainState
+from dr_jax.model.weights import Params
+
+
+class Checkpoints:
+    """The checkpoints of one run. Open with `keep` to write, without to read only; close it, or use it in a `with`.
+
+    Writing runs in the background: `save` returns once the state is copied, and the next `save` or `close` raises
+    `CheckpointError` if it went wrong. Opening to write removes what an interrupted write left behind.
+    """
+
+    def __init__(self, path: str | pathlib.Path, *, keep: int | None = None):
+        self._path = pathlib.Path(path).absolute()
+        if keep is None and not self._path.is_dir():
+            raise CheckpointError(f"{self._path}: no checkpoint directory")
+        self._writable = keep is not None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=self._writable,
+            cleanup_tmp_directories=self._writable,
+            read_only=not self._writable,
+        )
+        self._manager = ocp.CheckpointManager(self._path, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts writing `state` as `step`; it may be donated right after. `meta` must be JSON."""
+        if not self._writable:
+            raise CheckpointError(f"{self._path}: opened for reading; pass keep=... to write")
+        latest = self.latest()
+        if latest is not None and step <= latest:
+            raise CheckpointError(f"{self._path}: step {step} cannot follow step {latest}")
+        params, rest = _split(state)
+        sums = _checksums({"params": params, "rest": rest})
+        try:
+            items = dict(params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest))
+            written = ocp.args.Composite(**items, meta=ocp.args.JsonSave({"checksums": sums, "meta": meta}))
+            self._manager.wait_until_finished()  # raises what the previous write hid
+            self._manager.save(step, args=written)
+        except Exception as error:  # noqa: BLE001 - a full disk, a lost bucket: Orbax raises whatever it met
+            raise CheckpointError(
+                f"{self._path}: step {step} or the one before was not saved: {_line(error)}"
+            ) from error
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """(state placed as `abstract` says, meta) of `step`; of the newest readable step where `step` is None.
+
+        A newest step that cannot be read is moved to `<step>.unreadable` with a warning, and the one before is tried.
+        """
+        params, rest = _split(abstract)
+        found, meta = self._restore({"params": params, "rest": rest}, step)
+        rest = found["rest"]
+        rng = jax.device_put(jax.random.wrap_key_data(rest["rng"]), abstract.rng.sharding)
+        return TrainState(found["params"], rest["opt_state"], rest["step"], rng), meta
+
+    def restore_params(self, abstract: Params, step: int | None = None) -> tuple[Params, dict[str, Any]]:
+        """(parameters alone, meta), as `restore` does it; for export and evaluation, which need no optimizer."""
+        found, meta = self._restore({"params": abstract}, step)
+        return found["params"], meta
+
+    def latest(self) -> int | None:
+        """The newest step on disk, finished writes only; None where there is none."""
+        return self._manager.latest_step()
+
+    def close(self) -> None:
+        """Waits for the write under way; raises `CheckpointError` if it went wrong."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # noqa: BLE001 - see `save`
+            raise CheckpointError(f"{self._path}: the last step was not saved: {_line(error)}") from error
+        finally:
+            self._manager.close()
+
+    def _restore(self, abstract: dict[str, Any], step: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        if not steps:
+            raise CheckpointError(f"{self._path}: holds no checkpoint")
+        reasons = []
+        for candidate in steps:
+            found, reason = self._attempt(abstract, candidate)
+            if reason is None:
+                self._set_aside(steps[: steps.index(candidate)])
+                return found
+            reasons.append(f"step {candidate}: {reason}")
+            if candidate != steps[-1]:
+                warnings.warn(f"{self._path}: {reasons[-1]}; trying the step before", stacklevel=3)
+        raise CheckpointError(f"{self._path}: nothing could be restored. {'; '.join(reasons)}")
+
+    def _attempt(self, abstract: dict[str, Any], step: int) -> tuple[Any, str | None]:
+        """((items, meta), None), or (None, why not). Every host agrees on which of the two it is."""
+        found, reason = None, None
+        try:
+            items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+            loaded = self._manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+            found = {name: loaded[name] for name in abstract}, loaded["meta"]
+        except Exception as error:  # noqa: BLE001 - missing, truncated, of another shape: each has its own type in Orbax
+            reason = _line(error)
+        if not _everywhere(reason is None):
+            return None, reason or "another host could not read it"
+        items, meta = found
+        expected = meta["checksums"]
+        wrong = [leaf for leaf, value in _checksums(items).items() if expected.get(leaf) != value]
+        if wrong:
+            return None, f"checksum of {wrong[0]} differs ({len(wrong)} leaves): the file changed after it was written"
+        return (items, meta["meta"]), None
+
+    def _set_aside(self, unreadable: list[int]) -> None:
+        """Moves steps out of the way: their numbers will be written again. Nothing is deleted."""
+        if not (self._writable and unreadable):
+            return
+        if jax.process_index() == 0:
+            for step in unreadable:
+                (self._path / str(step)).rename(self._path / f"{step}.unreadable")
+        multihost_utils.sync_global_devices("unreadable checkpoints moved")
+        self._manager.reload()
+
+
+def _split(state: TrainState) -> tuple[Params, dict[str, Any]]:
+    """(params, everything else as arrays Orbax knows)."""
+    if isinstance(state.rng, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, state.rng)
+        rng = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.rng.sharding)
+    else:
+        rng = jax.random.key_data(state.rng)
+    return state.params, {"opt_state": state.opt_state, "step": state.step, "rng": rng}
+
+
+def _checksums(items: dict[str, Any]) -> dict[str, int]:
+    """uint32 sum of (bits of the element) x (odd number of its place), by leaf: exact on any mesh, and any one flipped
+    bit changes it."""
+    leaves = jax.tree_util.tree_leaves_with_path(items)
+    sums = jax.device_get(_sum_all([leaf for _, leaf in leaves]))
+    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _sum_all(leaves: list[jax.Array]) -> list[jax.Array]:
+    def one(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+        place, stride = jnp.ones(leaf.shape, jnp.uint32), 2
+        for axis in reversed(range(leaf.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= leaf.shape[axis]
+        return (bits * place).sum(dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in leaves]
+
+
+def _everywhere(ok: bool) -> bool:
+    return bool(multihost_utils.process_allgather(jnp.asarray(ok)).all())
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

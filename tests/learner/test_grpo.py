@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dr_jax.batch import PackedBatch
+from dr_jax.errors import ConfigError
+from dr_jax.learner.grpo import GrpoConfig, grpo_terms, k3, token_logps
+from dr_jax.model import attention, qwen2, weights
+
+PLAIN = GrpoConfig(kl_coef=0.0)
+
+
+def one_row(weight, advantage, logp) -> PackedBatch:
+    empty = PackedBatch.empty(1, len(weight))
+    rows = {name: np.array([values], np.float32) for name, values in
+            dict(weight_bt=weight, advantage_bt=advantage, logp_bt=logp).items()}  # fmt: skip
+    return empty._replace(**rows)
+
+
+def loss_of(logp_bt, batch, cfg=PLAIN, ref_logp_bt=None, entropy_bt=None):
+    entropy_bt = jnp.zeros_like(logp_bt) if entropy_bt is None else entropy_bt
+    terms = grpo_terms(logp_bt, entropy_bt, ref_logp_bt, batch, cfg)
+    return terms.loss / terms.weight, terms
+
+
+def test_two_tokens_by_hand():
+    # Both tokens are 1.5 times as likely as when they were sampled.
+    #   a: weight 1, A = +2:  min(1.5 * 2, 1.2 * 2)   =  2.4, clipped: no gradient
+    #   b: weight 3, A = -1:  min(1.5 * -1, 1.2 * -1) = -1.5, not clipped: d/dlogp = ratio * A = -1.5
+    # loss = -(1 * 2.4 + 3 * -1.5) / (1 + 3) = 0.525;  dloss/dlogp = (0, -3 * -1.5 / 4) = (0, 1.125)
+    batch = one_row(weight=[1, 3], advantage=[2, -1], logp=[-1.0, -2.0])
+    logp_bt = jnp.array([[-1.0, -2.0]]) + math.log(1.5)
+    (loss, terms), gradient_bt = jax.value_and_grad(loss_of, has_aux=True)(logp_bt, batch)
+    np.testing.assert_allclose(loss, 0.525, rtol=1e-6)
+    np.testing.assert_allclose(gradient_bt, [[0.0, 1.125]], rtol=1e-6)
+    np.testing.assert_allclose(terms.sums["clip_ratio/high_mean"] / terms.weight, 0.25)
+    assert terms.sums["clip_ratio/low_mean"] == 0
+    np.testing.assert_allclose(terms.sums["sampler/logp_diff_mean"] / terms.weight, math.log(1.5), rtol=1e-6)
+    np.testing.assert_allclose(terms.maxima["sampler/logp_diff_max"], math.log(1.5), rtol=1e-6)
+
+
+def test_kl_and_entropy_enter_the_loss_by_hand():
+    # On policy, A = 0. The reference finds token a twice as likely: k3 = 2 - ln 2 - 1; token b equally likely: 0.
+    # loss = (1 * 0.1 * (1 - ln 2) + 3 * 0) / 4 - 0.01 * (1 * 2.0 + 3 * 1.0) / 4
+    batch = one_row(weight=[1, 3], advantage=[0, 0], logp=[-1.0, -2.0])
+    logp_bt = jnp.array([[-1.0, -2.0]])
+    cfg = GrpoConfig(kl_coef=0.1, entropy_coef=0.01)
+    ref_logp_bt = logp_bt + jnp.array([[math.log(2.0), 0.0]])
+    loss, terms = loss_of(logp_bt, batch, cfg, ref_logp_bt, entropy_bt=jnp.array([[2.0, 1.0]]))
+    np.testing.assert_allclose(loss, 0.1 * (1 - math.log(2)) / 4 - 0.01 * 5 / 4, rtol=1e-5)
+    np.testing.assert_allclose(terms.sums["kl"] / terms.weight, (1 - math.log(2)) / 4, rtol=1e-5)
+    np.testing.assert_allclose(terms.sums["entropy"] / terms.weight, 5 / 4, rtol=1e-6)
+
+
+def test_low_clip_stops_a_penalty_that_has_done_its_work():
+    # ratio 0.5 < 1 - 0.2 with A = -1: min(-0.5, -0.8) = -0.8, no gradient. With A = +1: min(0.5, 0.8) = 0.5, gradient.
+    batch = one_row(weight=[1, 1], advantage=[-1, 1], logp=[-1.0, -1.0])
+    logp_bt = jnp.full((1, 2), -1.0 + math.log(0.5))
+    (loss, terms), gradient_bt = jax.value_and_grad(loss_of, has_aux=True)(logp_bt, batch)
+    np.testing.assert_allclose(loss, (0.8 - 0.5) / 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient_bt, [[0.0, -0.25]], rtol=1e-6)
+    np.testing.assert_allclose(terms.sums["clip_ratio/low_mean"] / terms.weight, 0.5)
+
+
+def test_on_policy_gradient_is_reinforce():
+    rng = np.random.default_rng(0)
+    weight, advantage, logp = rng.uniform(0, 2, 20), rng.normal(size=20), -rng.uniform(0, 5, 20)
+    batch = one_row(weight, advantage, logp)
+    gradient_bt = jax.grad(lambda logp_bt: loss_of(logp_bt, batch)[0])(jnp.asarray(batch.logp_bt))
+    np.testing.assert_allclose(gradient_bt[0], -weight * advantage / weight.sum(), rtol=1e-5)
+
+
+def test_zero_weight_gives_exactly_zero_gradient():
+    # Not even values no one would write there may leak: infinities become NaN when multiplied by 0.
+    batch = one_row(weight=[0, 1, 0, 0], advantage=[1, 1, np.inf, 1], logp=[np.nan, -1.0, -1.0, -np.inf])
+    logp_bt = jnp.array([[0.0, -1.0, 500.0, -1.0]])
+    cfg = GrpoConfig(kl_coef=0.1, entropy_coef=0.1)
+
+    def loss(logp_bt):
+        ref_logp_bt = jnp.array([[jnp.nan, -1.0, -jnp.inf, jnp.inf]])
+        return loss_of(logp_bt, batch, cfg, ref_logp_bt, entropy_bt=logp_bt)[0]
+
+    value, gradient_bt = jax.value_and_grad(loss)(logp_bt)
+    assert np.isfinite(value)
+    assert (np.asarray(gradient_bt)[0, [0, 2, 3]] == 0).all()
+    assert gradient_bt[0, 1] != 0
+
+
+def test_a_group_of_equal_rewards_gives_a_finite_zero():
+    batch = one_row(weight=[1, 1, 1], advantage=[0, 0, 0], logp=[-1.0, -2.0, -3.0])
+    (loss, _), gradient_bt = jax.value_and_grad(loss_of, has_aux=True)(jnp.array([[-9.0, -0.1, -3.0]]), batch)
+    assert loss == 0
+    assert (np.asarray(gradient_bt) == 0).all()
+
+
+def test_k3_golden_values():
+    delta = jnp.array([0.0, math.log(2.0), -math.log(2.0), 1.0, -1.0, 3.0, 100.0, -5.0, -100.0])
+    want = [0.0, 1 - math.log(2), math.log(2) - 0.5, math.e - 2, 1 / math.e, 10.0, 10.0, 4.0067379, 10.0]
+    np.testing.assert_allclose(k3(delta), want, rtol=1e-6, atol=1e-7)
+    assert np.isfinite(jax.vmap(jax.grad(k3))(delta)).all()
+
+
+def test_far_off_policy_stays_finite():
+    batch = one_row(weight=[1, 1], advantage=[-1, 1], logp=[-200.0, -0.1])
+    value, gradient_bt = jax.value_and_grad(lambda logp_bt: loss_of(logp_bt, batch)[0])(jnp.array([[-0.1, -200.0]]))
+    assert np.isfinite(value)
+    assert np.isfinite(gradient_bt).all()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"clip_low": 0.0}, {"clip_low": 1.5}, {"clip_high": -0.1}, {"kl_coef": -1.0}, {"temperature": 0.0}]
+)
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        GrpoConfig(**bad)
+
+
+@pytest.fixture(scope="module")
+def naive(config, rules, mesh):
+    """Log-probabilities and entropy of one segment alone, the obvious way; 16 columns, so that it compiles once."""
+
+    @jax.jit
+    def padded(params, token_t, temperature):
+        token_bt, position_bt = token_t[None], jnp.arange(len(token_t))[None]
+        attend = attention.packed(jnp.ones_like(token_bt))
+        x_btd, _ = qwen2.forward(params, config, token_bt, position_bt, attend=attend, rules=rules)
+        logp_tv = jax.nn.log_softmax(qwen2.unembed(params, config, x_btd)[0, :-1] / temperature)
+        logp_t = jnp.take_along_axis(logp_tv, token_t[1:, None], axis=1)[:, 0]
+        return jnp.pad(logp_t, (1, 0)), jnp.pad(-(jnp.exp(logp_tv) * logp_tv).sum(-1), (1, 0))
+
+    def compute(params, token, temperature):
+        token_t = np.pad(token, (0, 16 - len(token))).astype(np.int32)
+        return tuple(x_t[: len(token)] for x_t in padded(params, token_t, temperature))
+
+    return compute
+
+
+@pytest.mark.parametrize(("temperature", "chunk"), [(1.0, 8), (0.7, 512)])
+def test_packed_chunked_logps_are_those_of_each_segment_alone(
+    config, rules, mesh, params, segments, pack_rows, naive, temperature, chunk
+):
+    rows = [segments[:3], segments[3:5]]
+    batch = pack_rows(rows, total_rows=2)
+    with jax.set_mesh(mesh):
+        logp_bt, entropy_bt = jax.jit(
+            lambda params: token_logps(params, config, batch, rules=rules, temperature=temperature, chunk=chunk)
+        )(params)
+        for row, packed in enumerate(rows):
+            alone = [naive(params, token, temperature) for token, *_ in packed]
+            logp_t, entropy_t = (np.concatenate(parts) for parts in zip(*alone, strict=True))
+            padding = 32 - len(logp_t)
+            np.testing.assert_allclose(logp_bt[row], np.pad(logp_t, (0, padding)), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(entropy_bt[row], np.pad(entropy_t, (0, padding)), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_those_of_plain_log_softmax(config, rules, mesh, params, segments, pack_rows, naive):
+    token, *_ = segments[0]
+    batch = pack_rows([segments[:1]], total_rows=1, length=16)
+    weight_t = np.linspace(-1, 1, len(token)).astype(np.float32)
+
+    def ours(params):
+        logp_bt, entropy_bt = token_logps(params, config, batch, rules=rules, temperature=0.7, chunk=4)
+        return (logp_bt[0, : len(token)] * weight_t + entropy_bt[0, : len(token)] * weight_t[::-1]).sum()
+
+    def plain(params):
+        logp_t, entropy_t = naive(params, token, 0.7)
+        return (logp_t * weight_t + entropy_t * weight_t[::-1]).sum()
+
+    with jax.set_mesh(mesh):
+        got, want = jax.jit(jax.grad(ours))(params), jax.jit(jax.grad(plain))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, want)
+
+
+def test_full_logits_never_exist(config, rules, mesh, segments, pack_rows):
+    batch = pack_rows([segments[:3], segments[3:6]], total_rows=2)
+    wide = dataclasses.replace(config, vocab_size=4096)  # no other array comes near 2 x 32 x 4096
+    full = 2 * 32 * wide.vocab_size
+
+    def largest(chunk: int) -> int:
+        def loss(params):
+            logp_bt, entropy_bt = token_logps(params, wide, batch, rules=rules, chunk=chunk)
+            return (logp_bt + entropy_bt).sum()
+
+        abstract = weights.abstract(wide, jnp.float32)
+        return max(sizes(jax.make_jaxpr(jax.value_and_grad(loss))(abstract).jaxpr))
+
+    with jax.set_mesh(mesh):
+        assert largest(chunk=4) < full / 2, "something as large as half of [b, t, v] is computed or kept"
+        assert largest(chunk=32) >= full, "this test no longer sees the logits at all"
+
+
+def sizes(jaxpr):
+    """Elements of every intermediate array, inside loops and branches too."""
+    for equation in jaxpr.eqns:
+        yield from (out.aval.size for out in equation.outvars)
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)
+
+
+def test_chunk_must_divide_the_row(config, rules, mesh, params, segments, pack_rows):
+    batch = pack_rows([segments[:1]], total_rows=1)
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match="chunk: 5 does not divide rows of 32 tokens"):
+        jax.eval_shape(lambda params: token_logps(params, config, batch, rules=rules, chunk=5), params)
