@@ -17,9 +17,10 @@ from dr_jax.engine import cache as kv
 from dr_jax.engine import decode
 from dr_jax.engine.request import Request, stop_string_end
 from dr_jax.engine.slots import Copy, Prefix, Slots
+from dr_jax.errors import ConfigError
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.letters import Rules, spec
-from dr_jax.model.weights import Params, shardings
+from dr_jax.model.weights import Params, shape, shardings, tree
 from dr_jax.records import Finish
 
 DecodeText = Callable[[Sequence[int]], str]
@@ -43,7 +44,8 @@ class Rounds:
         decode_text: DecodeText | None,
     ):
         self._where = shardings(config, mesh, rules)
-        self._dtype = params["embed"].dtype
+        self._shapes = tree(config, lambda row: shape(row, config))
+        self._dtype = jax.tree.leaves(params)[0].dtype
         self._params = self._placed(params)
         self.version = 0
         self._programs = decode.build(config, mesh=mesh, rules=rules, steps=decode_steps)
@@ -84,6 +86,8 @@ class Rounds:
 
     def _placed(self, params: Params) -> Params:
         """A copy in the engine's dtype and layout: the learner may donate its own at once."""
+        if jax.tree.map(np.shape, params) != self._shapes:
+            raise ConfigError("engine: these weights have other names or shapes than the model this engine serves")
         return jax.tree.map(
             lambda x, to: jax.device_put(x.astype(self._dtype), to, may_alias=False), params, self._where
         )
@@ -210,10 +214,9 @@ class Rounds:
         self._finish(slot, Finish.ERROR, "engine: the network gave logits that are not finite")
 
     def _finish(self, slot: int, finish: Finish, detail: str = "") -> None:
-        self.serving[slot].resolve(finish, self.version, detail)
-        self._leave(slot)
+        self._leave(slot).resolve(finish, self.version, detail)
 
-    def _leave(self, slot: int) -> None:
-        del self.serving[slot]
+    def _leave(self, slot: int) -> Request:
         self._new.discard(slot)
         self._slots.give_back(slot)
+        return self.serving.pop(slot)

@@ -115,9 +115,9 @@ class Engine:
         loop = asyncio.get_running_loop()
         request = Request(tokens, sampling, score_from, budget, loop, loop.create_future())
         with self._admission:
-            if self._inbox.qsize() + len(self._waiting) >= self._max_waiting:
-                wrong = wrong or f"engine: {self._max_waiting} requests are waiting already (max_waiting)"
             wrong = wrong or self._closed
+            if not wrong and self._inbox.qsize() + len(self._waiting) >= self._max_waiting:
+                wrong = f"engine: {self._max_waiting} requests are waiting already (max_waiting)"
             if not wrong:
                 self._inbox.put(request)
         if wrong:
@@ -200,13 +200,15 @@ class Engine:
     def _take_weights(self, weights: _Weights) -> None:
         try:
             self._rounds.set_weights(weights.params, weights.version)
-        except (ValueError, TypeError, RuntimeError) as error:  # of another model, or deleted: the caller's mistake
+        except (ConfigError, RuntimeError) as error:  # of another model, or deleted: the caller's mistake
             weights.done.set_exception(error)
         else:
             weights.done.set_result(None)
 
     def _abandon(self, reason: str) -> None:
         left = [*self._rounds.serving.values(), *self._waiting]
+        self._rounds.serving.clear()
+        self._waiting.clear()
         while not self._inbox.empty():
             match self._inbox.get():
                 case _Weights(done=done):

@@ -77,13 +77,13 @@ class Slots:
     def prefix(self, slot: int) -> Prefix | Copy:
         """What to do before `slot` is prefilled. A slot waits only for one taken earlier, so some slot never waits."""
         shared_b = np.where(self._stale_b, 0, np.minimum(self._shared_bb[slot], self._reusable_b[slot]))
-        held_b = np.minimum(shared_b, self.filled_b)
-        earlier_b = self.busy_b & (self.filled_b < self.goal_b) & (self._clock_b < self._clock_b[slot])
+        earlier_b = self.busy_b & (self._clock_b < self._clock_b[slot])
+        coming_b = np.where(earlier_b & (self.filled_b < shared_b), np.minimum(shared_b, self.goal_b), 0)
+        held_b = np.where(coming_b > self.filled_b, 0, np.minimum(shared_b, self.filled_b))
         source = int(np.argmax(held_b))
-        now = max(self.filled_b[slot], held_b[source])
-        if np.where(earlier_b, np.minimum(shared_b, self.goal_b), 0).max() >= now + _WORTH:
+        if coming_b.max() >= max(self.filled_b[slot], held_b[source]) + _WORTH:
             return Prefix.WAIT
-        return Copy(source, int(held_b[source])) if now >= self.filled_b[slot] + _WORTH else Prefix.READY
+        return Copy(source, int(held_b[source])) if held_b[source] >= self.filled_b[slot] + _WORTH else Prefix.READY
 
     def append(self, slot: int, tokens: np.ndarray) -> None:
         """Notes tokens drawn in `slot`: all but the last have been fed, so have keys and values."""
