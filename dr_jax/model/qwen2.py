@@ -119,7 +119,8 @@ def forward(
         return block(x_btd, angles_bth, attend, layer, cache, rules), None
 
     body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    x_btd = constrain(params["embed"][token_bt], "btd", rules)
+    embed_vd = constrain(params["embed"], "vd", rules)  # gathered over fsdp: XLA would replicate the rows looked up
+    x_btd = constrain(embed_vd[token_bt], "btd", rules)
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     (x_btd, cache), _ = jax.lax.scan(body, (x_btd, cache), (layers, params["blocks"]))
     return RmsNorm(params["final_norm"], config.rms_eps)(x_btd), cache
