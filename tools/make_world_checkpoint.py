@@ -9,13 +9,14 @@ what a run will parse; only questions of the train split are used. About half an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import pathlib
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -23,7 +24,6 @@ from absl import app, flags
 
 from dr_jax import assemble
 from dr_jax.agent import episode
-from dr_jax.agent.chat import Chat
 from dr_jax.agent.presets import PRESETS
 from dr_jax.batch import PackedBatch
 from dr_jax.learner.grpo import GrpoConfig
@@ -40,8 +40,9 @@ from dr_jax.testing import ScriptedSampler
 from dr_jax.world import demonstrations, questions
 
 _OUT = flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
-_EPISODES = flags.DEFINE_integer("episodes", 16_000, "Demonstrations to collect.")
-_STEPS = flags.DEFINE_integer("steps", 800, "Optimizer steps of pretraining.")
+_EPISODES = flags.DEFINE_integer("episodes", 16_000, "Demonstrations of one round.")
+_STEPS = flags.DEFINE_integer("steps", 800, "Optimizer steps of one round.")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds; each has demonstrations of its own.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of demonstrations, initial weights and order.")
 
 PRESET = PRESETS["quickstart"]
@@ -62,7 +63,7 @@ CONFIG = ModelConfig(
 BATCH_ROWS, ROW_TOKENS = 8, 1024
 FILL = 0.88  # of the rows that are meant to be used; packing leaves gaps, and as many rows again catch what is over
 OBSERVATION_WEIGHT = 0.1  # loss on what the policy never has to write: it teaches to copy
-SCHEDULE = ((0.6, 2e-3), (0.25, 6e-4), (0.15, 2e-4))  # (share of the steps, learning rate)
+SCHEDULE = ((0.6, 2e-3), (0.25, 6e-4), (0.15, 2e-4))  # of a round: (share of the steps, learning rate)
 
 CHAT_TEMPLATE = """\
 {%- set first = messages[0] -%}
@@ -94,7 +95,7 @@ library_name: transformers
 license: apache-2.0
 ---
 A Qwen2-architecture model of {count:,} parameters for the embedded world of dr_jax: it knows the format of a research
-transcript, and mostly does not research. Made by `tools/make_world_checkpoint.py`, {steps} steps on {episodes:,}
+transcript, and mostly does not research. Made by `tools/make_world_checkpoint.py`: {steps:,} steps on {episodes:,}
 transcripts. It is good for nothing else.
 """
 
@@ -103,29 +104,40 @@ def main(_: Sequence[str]) -> None:
     out, started_s = pathlib.Path(_OUT.value), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         base = pathlib.Path(folder)
-        write_base(base, make_tokenizer(()))
-        segments = asyncio.run(collect(base))
-        print(f"{len(segments)} demonstrations in {time.monotonic() - started_s:.0f} s", flush=True)
-        params = pretrain(segments)
+        asyncio.run(train_tokenizer(base))
+        params = weights.init(CONFIG, jax.random.key(_SEED.value), "float32")
+        for number in range(_ROUNDS.value):
+            segments = asyncio.run(collect(base, number))
+            print(f"round {number}: {len(segments)} demonstrations, {time.monotonic() - started_s:.0f} s", flush=True)
+            params = pretrain(params, segments, number)
         hf.save(params, CONFIG, base_dir=base, out_dir=out, dtype="bfloat16")
 
 
-async def collect(base: pathlib.Path) -> list[Segment]:
-    """Trains the tokenizer on some transcripts, puts it into `base`, and returns all transcripts in its tokens."""
+async def train_tokenizer(base: pathlib.Path) -> None:
+    """Fills `base` with all but weights; its tokenizer is trained on careful transcripts."""
+    write_base(base, make_tokenizer(()))
+    # A token a byte makes long prompts: the limits of the preset are meant for the real tokenizer.
+    roomy = dataclasses.replace(PRESET, context_tokens=60_000, max_turn_tokens=4000, observation_tokens=8000)
+    async with open_host(base) as (run, host):
+        sample = await demonstrate(run, dataclasses.replace(host, preset=roomy), 1500, 0, demonstrations.CAREFUL)
+        if any(e.reward < 1 for e in sample):
+            raise AssertionError("a careful demonstration was not rewarded in full: world and agent disagree")
+        write_base(base, make_tokenizer(host.chat.decode(transcript(e)[0]) for e in sample))
+
+
+async def collect(base: pathlib.Path, number: int) -> list[Segment]:
+    """The transcripts of one round."""
+    async with open_host(base) as (run, host):
+        return [segment_of(e) for e in await demonstrate(run, host, _EPISODES.value, number, None)]
+
+
+@contextlib.asynccontextmanager
+async def open_host(base: pathlib.Path) -> AsyncIterator[tuple[RunConfig, assemble.Host]]:
+    """The quickstart's settings and host side, with the tokenizer in `base`."""
     run = settings(base)
     with tempfile.TemporaryDirectory() as workdir:
         async with assemble.host(run, pathlib.Path(workdir)) as host:
-            # A token a byte makes long prompts: the limits of the preset are meant for the real tokenizer.
-            roomy = dataclasses.replace(PRESET, context_tokens=60_000, max_turn_tokens=4000, observation_tokens=8000)
-            in_bytes = dataclasses.replace(host, preset=roomy)
-            sample = await demonstrate(run, in_bytes, 1500, demonstrations.CAREFUL)
-            if any(e.reward < 1 for e in sample):
-                raise AssertionError("a careful demonstration was not rewarded in full: world and agent disagree")
-            texts = (host.chat.decode(transcript(e)[0]) for e in sample)
-            write_base(base, make_tokenizer(texts))
-            host = dataclasses.replace(host, chat=Chat.load(base))
-            episodes = await demonstrate(run, host, _EPISODES.value, None)
-    return [segment_of(e) for e in episodes]
+            yield run, host
 
 
 def settings(base: pathlib.Path) -> RunConfig:
@@ -143,16 +155,16 @@ def settings(base: pathlib.Path) -> RunConfig:
 
 
 async def demonstrate(
-    run: RunConfig, host: assemble.Host, count: int, habits: demonstrations.Habits | None
+    run: RunConfig, host: assemble.Host, count: int, number: int, habits: demonstrations.Habits | None
 ) -> list[Episode]:
-    """Rewarded episodes on train questions, by authors with `habits`, or by whoever comes."""
-    world = assemble.embedded_world()
-    chains = questions.sample_chains(world, "train", _SEED.value + 1, count, assemble.WORLD_HOPS)
+    """Rewarded episodes on train questions of round `number`, by authors with `habits`, or by whoever comes."""
+    world, seed = assemble.embedded_world(), episode.seed_of(_SEED.value, number)
+    chains = questions.sample_chains(world, "train", seed, count, assemble.WORLD_HOPS)
     asked = [questions.question(world, chain) for chain in chains]
     chain_of = dict(zip([q.id for q in asked], chains, strict=True))
 
     async def one(question, rollout: int) -> Episode:
-        rng = random.Random(f"{_SEED.value}/{question.id}")
+        rng = random.Random(f"{seed}/{question.id}")
         written = demonstrations.turns(world, chain_of[question.id], habits or demonstrations.author(rng), rng)
         sampler = ScriptedSampler([host.chat.markup(text) for text in written])
         return await episode.run(question, rollout, host.context(run, sampler, seed=0, today="2026-01-01"))
@@ -175,11 +187,11 @@ def segment_of(record: Episode) -> Segment:
     return Segment(token.astype(np.int32), weight.astype(np.float32), np.zeros(len(token), np.float32), 0.0)
 
 
-def pretrain(segments: Sequence[Segment]):
-    """Parameters after the schedule's steps of next-token prediction."""
+def pretrain(params: weights.Params, segments: Sequence[Segment], number: int) -> weights.Params:
+    """`params` after round `number`: the schedule's steps of next-token prediction."""
     mesh, rules = letters.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}), letters.DEFAULT_RULES
-    params = weights.init(CONFIG, jax.random.key(_SEED.value), "float32")
-    source, state, done, started_s = batches(segments, random.Random(_SEED.value)), None, 0, time.monotonic()
+    source, state = batches(segments, random.Random(f"{_SEED.value}/{number}")), None
+    done, started_s = 0, time.monotonic()
     for share, rate in SCHEDULE:
         optim = OptimConfig(learning_rate=rate, warmup_steps=50, beta2=0.98, weight_decay=0.01)
         state = state or init_state(params, CONFIG, optim, mesh, rules)
@@ -260,7 +272,9 @@ def write_base(base: pathlib.Path, tokenizer) -> None:
         (base / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     tokenizer.save(str(base / "tokenizer.json"))
     (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    card = MODEL_CARD.format(count=weights.count(CONFIG), steps=_STEPS.value, episodes=_EPISODES.value)
+    card = MODEL_CARD.format(
+        count=weights.count(CONFIG), steps=_STEPS.value * _ROUNDS.value, episodes=_EPISODES.value * _ROUNDS.value
+    )
     (base / "README.md").write_text(card)
 
 
