@@ -11,7 +11,8 @@ QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
 def test_transcript_puts_each_observation_after_the_turn_that_asked_for_it():
-    response = "<think> one</think>\n<tool_call>\n{}\n</tool_call><|im_end|>\n<think> two</think>\n<answer> x</answer><|im_end|>"
+    call, answer = "<think> one</think>\n<tool_call>\n{}\n</tool_call>", "<think> two</think>\n<answer> x</answer>"
+    response = f"{call}<|im_end|>\n{answer}<|im_end|>"
     use = ToolUse("web_search", {}, (), 0.25, "[found]")
     record = Episode(Question("q", "?", ()), 0, (), (use,), StopReason.ANSWERED, answer="x", response=response)
     assert ask.transcript(record) == (

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import pathlib
 
+import numpy as np
 import pytest
 
 from dr_jax import assemble
@@ -70,12 +71,17 @@ def test_the_checkpoint_renders_chat_as_its_own_template_does(run):
     from transformers import AutoTokenizer
 
     preset, chat = PRESETS["quickstart"], Chat.load(assemble.CHECKPOINT)
-    messages = [{"role": "system", "content": preset.system}, {"role": "user", "content": "Who is the mayor?"}]
     tokenizer = AutoTokenizer.from_pretrained(str(assemble.CHECKPOINT))
+    turn = "<think> look</think>\n<tool_call>\n{}\n</tool_call>"
+    messages = [{"role": "system", "content": preset.system}, {"role": "user", "content": "Who is the mayor?"}]
+    messages += [{"role": "assistant", "content": turn}, {"role": "tool", "content": "[found]"}]
     text = tokenizer.apply_chat_template(messages, tools=list(preset.tools), add_generation_prompt=True, tokenize=False)
-    opening = chat.opening(preset, "Who is the mayor?", today="2026-01-01")
-    assert chat.decode(opening.tokens) == text + preset.prefill
-    assert tokenizer(text + preset.prefill)["input_ids"] == opening.tokens.tolist()
+
+    opening = chat.opening(preset, "Who is the mayor?", today="2026-01-01").tokens
+    output = np.array(chat.markup(turn.removeprefix(preset.prefill) + "<|im_end|>"))
+    ours = np.concatenate([opening, output, chat.reply(preset, output, "[found]").tokens])
+    assert chat.decode(ours) == text + preset.prefill
+    assert tokenizer(text + preset.prefill)["input_ids"] == ours.tolist()
 
 
 def test_the_checkpoint_is_the_same_network_for_transformers(run):

@@ -66,28 +66,26 @@ OBSERVATION_WEIGHT = 0.1  # loss on what the policy never has to write: it teach
 SCHEDULE = ((0.6, 2e-3), (0.25, 6e-4), (0.15, 2e-4))  # of a round: (share of the steps, learning rate)
 
 CHAT_TEMPLATE = """\
-{%- set first = messages[0] -%}
-<|im_start|>system
-{{ first['content'] if first['role'] == 'system' else '' }}
+{%- set first = messages[0] %}
+{{- '<|im_start|>system\\n' + (first.content if first.role == 'system' else '') }}
 {%- if tools %}
-# Tools
+{{- '\\n# Tools' }}
 {%- for tool in tools %}
-{{ tool['function']['name'] }}({{ tool['function']['parameters']['required'] | join(', ') }}: list)
-{%- endfor %}{% endif %}<|im_end|>
+{{- '\\n' + tool.function.name + '(' + tool.function.parameters.required | join(', ') + ': list)' }}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
 {%- for message in messages %}
-{%- if message['role'] == 'tool' %}
-<|im_start|>user
-<tool_response>
-{{ message['content'] }}
-</tool_response><|im_end|>
-{%- elif message['role'] != 'system' %}
-<|im_start|>{{ message['role'] }}
-{{ message['content'] }}<|im_end|>
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- elif message.role != 'system' %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
-<|im_start|>assistant
-{% endif %}"""
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
 
 MODEL_CARD = """\
 ---

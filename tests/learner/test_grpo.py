@@ -45,6 +45,19 @@ def test_two_tokens_by_hand():
     np.testing.assert_allclose(terms.maxima["sampler/logp_diff_max"], math.log(1.5), rtol=1e-6)
 
 
+def test_against_the_learners_own_logp_the_samplers_rounding_reaches_nothing_but_the_metric():
+    # The ratio is exactly 1: loss = -(1 * 2 + 3 * -1) / 4 = 0.25, dloss/dlogp = -weight * A / 4, nothing is clipped.
+    cfg = dataclasses.replace(PLAIN, old_logp="learner")
+    logp_bt = jnp.array([[-1.0, -2.0]])
+    for rounding in (0.0, math.log(1.5)):
+        batch = one_row(weight=[1, 3], advantage=[2, -1], logp=[-1.0 - rounding, -2.0 - rounding])
+        (loss, terms), gradient_bt = jax.value_and_grad(loss_of, has_aux=True)(logp_bt, batch, cfg)
+        assert loss == 0.25
+        np.testing.assert_array_equal(gradient_bt, [[-0.5, 0.75]])
+        assert terms.sums["clip_ratio/high_mean"] == terms.sums["clip_ratio/low_mean"] == 0
+        np.testing.assert_allclose(terms.sums["sampler/logp_diff_mean"] / terms.weight, rounding, rtol=1e-6)
+
+
 def test_kl_and_entropy_enter_the_loss_by_hand():
     # On policy, A = 0. The reference finds token a twice as likely: k3 = 2 - ln 2 - 1; token b equally likely: 0.
     # loss = (1 * 0.1 * (1 - ln 2) + 3 * 0) / 4 - 0.01 * (1 * 2.0 + 3 * 1.0) / 4
