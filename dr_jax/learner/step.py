@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dr_jax.batch import PackedBatch
@@ -138,7 +137,7 @@ def _update(
     weight = jnp.where(terms.weight > 0, terms.weight, 1.0)
     loss = terms.loss / weight
     grads = jax.tree.map(lambda leaf: leaf / weight, grads)
-    norm = optax.global_norm(grads)
+    norm = jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(grads)))
     rate = learning_rate(optim, state.step)
     directions, opt_state = adamw(optim, config).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda leaf, direction: leaf - rate * direction, state.params, directions)

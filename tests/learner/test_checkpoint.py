@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import resource
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dr_jax.errors import CheckpointError
+from dr_jax.learner.checkpoint import Checkpoints
+from dr_jax.learner.optim import OptimConfig
+from dr_jax.learner.state import TrainState, abstract_state
+from dr_jax.learner.step import put_batch
+from dr_jax.model import letters
+
+
+@pytest.fixture
+def abstract(config, rules):
+    return lambda mesh: abstract_state(config, OptimConfig(), mesh, rules)
+
+
+@pytest.fixture
+def train(make_step, segments, pack_rows, ref_params, mesh, rules):
+    """`train(state, steps)`: a batch of its own for each step number."""
+
+    def go(state: TrainState, steps: int) -> TrainState:
+        for _ in range(steps):
+            first = int(state.step)
+            batch = put_batch(pack_rows([segments[first : first + 3]]), mesh, rules)
+            state, metrics = make_step(mesh, 2)(state, ref_params, batch)
+            assert metrics["step/skipped"] == 0
+        return state
+
+    return go
+
+
+@pytest.fixture
+def written(tmp_path, fresh, mesh):
+    """A directory with steps 1, 2 and 3; and the state of all of them."""
+    state = fresh(mesh)
+    with Checkpoints(tmp_path / "ckpt", keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state, {"cursor": 10 * step})
+    return tmp_path / "ckpt", state
+
+
+def host(state: TrainState):
+    return jax.tree.map(np.asarray, state._replace(rng=jax.random.key_data(state.rng)))
+
+
+def assert_bitwise(got: TrainState, want: TrainState) -> None:
+    jax.tree.map(np.testing.assert_array_equal, host(got), host(want))
+
+
+def largest_file(item: pathlib.Path) -> pathlib.Path:
+    """The file with most of an item's numbers in it."""
+    return max((path for path in item.glob("**/d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_train_4_is_train_2_restore_train_2_bitwise(tmp_path, train, fresh, abstract, mesh):
+    whole = train(fresh(mesh), 4)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        state = train(fresh(mesh), 2)
+        checkpoints.save(2, state, {"cursor": 16, "config": {"lr": 1e-6}})
+        train(state, 1)  # donates the state while it may still be on its way to disk
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest() == 2
+        restored, meta = checkpoints.restore(abstract(mesh))
+    assert meta == {"cursor": 16, "config": {"lr": 1e-6}}
+    assert restored.step == 2
+    assert_bitwise(train(restored, 2), whole)
+
+
+def test_restores_onto_another_mesh(written, abstract):
+    path, state = written
+    mesh = letters.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with Checkpoints(path) as checkpoints:
+        restored, _ = checkpoints.restore(abstract(mesh))
+        params, meta = checkpoints.restore_params(abstract(mesh).params, step=2)
+    assert_bitwise(restored, state)
+    jax.tree.map(lambda leaf, want: leaf.sharding == want.sharding or pytest.fail(str(leaf)), restored, abstract(mesh))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(state.params))
+    assert meta == {"cursor": 20}
+
+
+def flip_a_bit(step_dir: pathlib.Path) -> None:
+    path = largest_file(step_dir / "rest")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(step_dir: pathlib.Path) -> None:
+    path = largest_file(step_dir / "params")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(step_dir: pathlib.Path) -> None:
+    shutil.rmtree(step_dir)
+    step_dir.mkdir()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty])
+def test_unreadable_newest_falls_back_and_makes_room(written, abstract, mesh, damage):
+    path, state = written
+    damage(path / "3")
+    with Checkpoints(path, keep=3) as checkpoints:
+        with pytest.warns(UserWarning, match="step 3: .*trying the step before"):
+            restored, meta = checkpoints.restore(abstract(mesh))
+        assert meta == {"cursor": 20}
+        assert_bitwise(restored, state)
+        assert checkpoints.latest() == 2
+        checkpoints.save(3, restored, {"cursor": 33})
+    assert (path / "3.unreadable").is_dir()
+    with Checkpoints(path) as checkpoints:
+        assert checkpoints.restore(abstract(mesh))[1] == {"cursor": 33}
+
+
+def test_a_reader_moves_nothing(written, abstract, mesh):
+    path, _ = written
+    flip_a_bit(path / "3")
+    (path / "4.orbax-checkpoint-tmp").mkdir()
+    before = sorted(path.iterdir())
+    with Checkpoints(path) as checkpoints:
+        with pytest.warns(UserWarning, match="checksum"):
+            assert checkpoints.restore(abstract(mesh))[1] == {"cursor": 20}
+        with pytest.raises(CheckpointError, match="opened for reading"):
+            checkpoints.save(4, checkpoints.restore(abstract(mesh), step=2)[0], {})
+    assert sorted(path.iterdir()) == before
+
+
+def test_keeps_the_newest_and_removes_interrupted_writes(written, fresh, mesh):
+    path, _ = written
+    (path / "4.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(path, keep=2) as checkpoints:
+        checkpoints.save(4, fresh(mesh), {})
+    assert sorted(child.name for child in path.iterdir()) == ["3", "4"]
+
+
+def test_a_named_step_never_falls_back(written, abstract, mesh):
+    path, _ = written
+    with Checkpoints(path) as checkpoints:
+        with pytest.raises(CheckpointError, match="nothing could be restored. step 7"):
+            checkpoints.restore(abstract(mesh), step=7)
+
+
+def test_missing_and_empty_directories_are_named(tmp_path, abstract, mesh):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/absent: no checkpoint directory"):
+        Checkpoints(tmp_path / "absent")
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest() is None
+        with pytest.raises(CheckpointError, match="holds no checkpoint"):
+            checkpoints.restore(abstract(mesh))
+
+
+def test_another_model_is_refused(written, config, rules, mesh):
+    path, _ = written
+    wider = dataclasses.replace(config, d_ff=48)
+    with Checkpoints(path) as checkpoints:
+        with pytest.raises(CheckpointError, match="nothing could be restored"):
+            checkpoints.restore(abstract_state(wider, OptimConfig(), mesh, rules), step=3)
+
+
+def test_a_step_is_never_overwritten(written, fresh, mesh):
+    path, _ = written
+    with Checkpoints(path, keep=3) as checkpoints:
+        with pytest.raises(CheckpointError, match="step 3 cannot follow step 3"):
+            checkpoints.save(3, fresh(mesh), {})
+
+
+def test_a_failed_write_surfaces(tmp_path, fresh, mesh):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))  # files larger than 1,000 bytes fail, as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match="not saved"):
+            save_and_close(checkpoints, fresh(mesh))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() is None
+
+
+def save_and_close(checkpoints: Checkpoints, state: TrainState) -> None:
+    checkpoints.save(1, state, {})
+    checkpoints.close()

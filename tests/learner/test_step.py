@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from dr_jax.batch import PackedBatch
+from dr_jax.errors import ConfigError
+from dr_jax.learner.grpo import GrpoConfig
+from dr_jax.learner.optim import OptimConfig
+from dr_jax.learner.state import abstract_state
+from dr_jax.learner.step import _micro_batches, make_train_step, put_batch
+from dr_jax.model import letters, weights
+from dr_jax.model.config import QWEN2_5
+
+
+@pytest.fixture(scope="module")
+def mesh4():
+    return letters.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
+
+
+@pytest.fixture
+def batch(segments, pack_rows):
+    return pack_rows([segments[:3], segments[3:5], segments[5:8]])
+
+
+@pytest.fixture
+def run(make_step, fresh, ref_params, rules):
+    """(metrics, gradient, params) of one step from the fresh state."""
+
+    def one(batch: PackedBatch, mesh, micro_rows: int = 2):
+        state, metrics = make_step(mesh, micro_rows)(fresh(mesh), ref_params, put_batch(batch, mesh, rules))
+        gradient = jax.tree.map(lambda moment: np.asarray(moment) / 0.1, state.opt_state[1].mu)
+        return jax.device_get(metrics), gradient, jax.device_get(state.params)
+
+    return one
+
+
+def assert_same(got, want, *, rtol=2e-4, atol=2e-6):
+    for one, other in zip(got, want, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), one, other)
+
+
+def test_metrics_have_the_names_users_know(run, batch, mesh):
+    metrics, gradient, _ = run(batch, mesh)
+    assert set(metrics) == {
+        "loss", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "sampler/logp_diff_mean",
+        "sampler/logp_diff_max", "grad_norm", "lr", "step/skipped", "step/weight",
+    }  # fmt: skip
+    assert all(value.shape == () and value.dtype == np.float32 for value in metrics.values())
+    assert metrics["step/skipped"] == 0
+    assert metrics["step/weight"] == batch.weight_bt.sum()
+    assert metrics["kl"] > 0
+    assert metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"] > 0
+    norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+
+def test_row_order_packing_padding_and_micro_batches_change_nothing(run, batch, segments, pack_rows, mesh):
+    want = run(batch, mesh)
+    order = np.array([7, 2, 5, 0, 3, 1, 6, 4])
+    shuffled = PackedBatch(*(x_bt[order] for x_bt in batch))
+    one_a_row = pack_rows([[segment] for segment in segments])
+    packed_otherwise = pack_rows([segments[6:8], segments[2:5], segments[:2], segments[5:6]])
+    for other in (shuffled, one_a_row, packed_otherwise):
+        assert_same(run(other, mesh)[:2], want[:2])
+    assert_same(run(batch, mesh, micro_rows=8)[:2], want[:2])
+
+
+def test_one_compilation_serves_every_fill(run, make_step, segments, pack_rows, mesh):
+    for count in (1, 3, 8):
+        run(pack_rows([[segment] for segment in segments[:count]]), mesh)
+    assert make_step(mesh, 2)._cache_size() == 1
+
+
+def test_rows_without_trained_tokens_are_never_computed(batch, mesh, rules):
+    # Rows 3 to 7 are padding and row 1 has tokens but no weight: two rows are left, one micro-batch of four.
+    batch.weight_bt[1] = 0
+    micro, used = _micro_batches(put_batch(batch, mesh, rules), 2, mesh, rules)
+    assert micro.token_bt.shape == (4, 2, 32)
+    assert used == 1
+    np.testing.assert_array_equal(micro.token_bt[0], batch.token_bt[[0, 2]])
+
+
+def test_sharded_equals_unsharded(run, batch, mesh, mesh4):
+    assert_same(run(batch, mesh4), run(batch, mesh))
+
+
+@pytest.mark.parametrize("where", ["advantage", "params"])
+def test_a_step_that_is_not_finite_changes_nothing(make_step, fresh, ref_params, batch, mesh, rules, where):
+    step, state = make_step(mesh, 2), fresh(mesh)
+    state, _ = step(state, ref_params, put_batch(batch, mesh, rules))  # moments and counters are no longer zero
+    poisoned = batch
+    if where == "advantage":
+        at = tuple(np.argwhere(batch.weight_bt > 0)[3])
+        poisoned = batch._replace(advantage_bt=batch.advantage_bt.copy())
+        poisoned.advantage_bt[at] = np.nan
+    else:
+        embed = state.params["embed"].at[5, 3].set(np.inf)
+        state = state._replace(params={**state.params, "embed": jax.device_put(embed, state.params["embed"].sharding)})
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    state, metrics = step(state, ref_params, put_batch(poisoned, mesh, rules))
+    assert metrics["step/skipped"] == 1
+    assert state.step == 2
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, (state.params, state.opt_state)), before)
+
+
+def test_a_batch_that_trains_nothing_is_skipped_with_a_finite_zero(make_step, fresh, ref_params, mesh, rules):
+    state = fresh(mesh)
+    before = jax.device_get(state.params)
+    state, metrics = make_step(mesh, 2)(state, ref_params, put_batch(PackedBatch.empty(8, 32), mesh, rules))
+    assert metrics["loss"] == metrics["grad_norm"] == 0
+    assert metrics["step/skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
+
+
+def test_equal_rewards_without_kl_give_a_zero_gradient(make_step, fresh, batch, mesh, rules):
+    flat = batch._replace(advantage_bt=np.zeros_like(batch.advantage_bt))
+    _, metrics = make_step(mesh, 2, kl_coef=0.0)(fresh(mesh), None, put_batch(flat, mesh, rules))
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["step/skipped"] == 0
+    assert "kl" not in metrics
+
+
+def test_bf16_compute_keeps_f32_parameters(make_step, fresh, ref_params, batch, mesh, rules, run):
+    step = make_step(mesh, 2, compute_dtype="bfloat16")
+    state, metrics = step(fresh(mesh), ref_params, put_batch(batch, mesh, rules))
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state[1].mu))} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(metrics["entropy"], run(batch, mesh)[0]["entropy"], rtol=0.05)
+    assert metrics["step/skipped"] == 0
+
+
+def test_mistakes_are_refused_before_anything_runs(config, batch, fresh, mesh, mesh4, rules):
+    settings = dict(optim=OptimConfig(), micro_rows=3)
+    with pytest.raises(ConfigError, match="loss: got 'dpo', allowed are grpo, sft"):
+        make_train_step(config, GrpoConfig(), mesh, rules, **settings, loss="dpo")
+    with pytest.raises(ConfigError, match="micro_rows: got 3, need a multiple of the 2 devices"):
+        make_train_step(config, GrpoConfig(), mesh4, rules, **settings)
+    step = make_train_step(config, GrpoConfig(), mesh, rules, **settings)
+    with pytest.raises(ConfigError, match="micro_rows: 3 does not divide a batch of 8 rows"):
+        step(fresh(mesh), fresh(mesh).params, put_batch(batch, mesh, rules))
+    with pytest.raises(ConfigError, match="kl_coef: 0.001 needs the reference model"):
+        step(fresh(mesh), None, put_batch(batch, mesh, rules))
+
+
+def test_the_7b_step_traces_with_its_real_shapes(mesh4, rules):
+    config, cfg = QWEN2_5["7B"], GrpoConfig()
+    step = make_train_step(
+        config, cfg, mesh4, rules, optim=OptimConfig(), micro_rows=2, compute_dtype="bfloat16", remat="full"
+    )
+    state = abstract_state(config, OptimConfig(), mesh4, rules)
+    batch = PackedBatch(*(jax.ShapeDtypeStruct((4, 1024), x.dtype) for x in PackedBatch.empty(1, 1)))
+    out, metrics = step.eval_shape(state, weights.abstract(config, "bfloat16"), batch)
+    assert jax.tree.map(lambda leaf: leaf.shape, out.params) == jax.tree.map(lambda leaf: leaf.shape, state.params)
+    assert metrics["kl"].shape == ()
