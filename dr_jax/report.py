@@ -75,7 +75,10 @@ def plot(workdir: str | os.PathLike[str]) -> pathlib.Path:
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.4), constrained_layout=True)
     for axis, (name, title, unit) in zip(axes.flat, panels, strict=True):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        style = dict(marker="o", markersize=4) if name.startswith("eval/") else {}
+        style = {}
+        if name == "eval/f1":  # few points, of a score whose range is known
+            style = dict(marker="o", markersize=4)
+            axis.set_ylim(0, 1)
         axis.plot([step for step, _ in points], [value for _, value in points], color="#1f5f8b", **style)
         axis.set(title=title, ylabel=unit, xlabel="optimizer step")
         axis.grid(alpha=0.25)
