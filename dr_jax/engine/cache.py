@@ -62,7 +62,7 @@ def attend_slots(slot_b: jax.Array, position_bt: jax.Array, positions: int) -> A
             cache.k_lbksh.at[layer, slot_b[:, None], :, position_bt].set(jnp.nan_to_num(k_btkh)),
             cache.v_lbksh.at[layer, slot_b[:, None], :, position_bt].set(jnp.nan_to_num(v_btkh)),
         )
-        q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * h**-0.5
+        q_btkgh = q_btnh.reshape(b, t, k, n // k, h)
 
         def attend_group(group: tuple[jax.Array, jax.Array]) -> jax.Array:
             row_b, blocks = group
@@ -88,7 +88,7 @@ def _attend_blocks(cache: Cache, layer, q_btkgh, slot_b, position_bt, blocks: ja
         k_bksh, v_bksh = block_of(cache.k_lbksh, j), block_of(cache.v_lbksh, j)
         score_bkgts = jnp.einsum("btkgh,bksh->bkgts", q_btkgh, k_bksh, preferred_element_type=jnp.float32)
         seen_bts = (j * BLOCK + jnp.arange(BLOCK))[None, None, :] <= position_bt[:, :, None]
-        score_bkgts = jnp.where(seen_bts[:, None, None], score_bkgts, -jnp.inf)
+        score_bkgts = jnp.where(seen_bts[:, None, None], score_bkgts * h**-0.5, -jnp.inf)
         new_top_bkgt = jnp.maximum(top_bkgt, score_bkgts.max(-1))
         shrink_bkgt = jnp.exp(top_bkgt - new_top_bkgt)
         prob_bkgts = jnp.exp(score_bkgts - new_top_bkgt[..., None])

@@ -72,12 +72,11 @@ def as_tokens(tokens: Tokens, vocab_size: int, name: str) -> tuple[np.ndarray, s
 
 def complaint(sampling: Sampling, *, vocab_size: int, can_decode: bool) -> str:
     """What is wrong with `sampling`, or ''."""
+    warm = sampling.temperature == 0 or 1e-3 <= sampling.temperature < math.inf  # below, f32 logits would overflow
     unknown = [i for i in sampling.stop_ids if not 0 <= i < vocab_size]
     checks = {
         f"max_new_tokens: got {sampling.max_new_tokens}, must be at least 1": sampling.max_new_tokens < 1,
-        f"temperature: got {sampling.temperature}, must be 0 (greedy) or more": not 0
-        <= sampling.temperature
-        < math.inf,
+        f"temperature: got {sampling.temperature}, must be 0 (greedy) or at least 0.001": not warm,
         f"top_p: got {sampling.top_p}, must be in (0, 1]": not 0 < sampling.top_p <= 1,
         f"top_k: got {sampling.top_k}, must be 0 (all) or more": sampling.top_k < 0,
         f"stop_ids: {unknown} are not in the vocabulary of {vocab_size}": bool(unknown),

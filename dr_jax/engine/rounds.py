@@ -6,7 +6,6 @@ Prompts go first, because a decode step costs nearly the same however many slots
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Sequence
 
 import jax
@@ -56,7 +55,7 @@ class Rounds:
         self._slots = Slots(slots, context)
         self._new: set[int] = set()  # slots for which no prefix has been looked for yet
         self.serving: dict[int, Request] = {}  # by slot
-        self.counts: collections.Counter[str] = collections.Counter()
+        self.counts = dict.fromkeys(("rounds", "tokens_drawn", "tokens_prefilled", "tokens_kept", "tokens_copied"), 0)
 
     def warm_up(self) -> None:
         """Compiles every program, by running it on nothing."""

@@ -1,9 +1,9 @@
 """The engine: an asyncio face over one device thread that serves all requests together.
 
-Every JAX call happens on the device thread (`rounds.py`). Requests wait in a queue, first come first served, until a
-slot is free; whoever finishes leaves its slot at once, and an episode that waits for the web holds none (it usually
-finds its keys and values again: `slots.py`). Results depend neither on the company a request has nor on what was
-reused.
+Every JAX call after the construction happens on the device thread (`rounds.py`). Requests wait in a queue, first come
+first served, until a slot is free; whoever finishes leaves its slot at once, and an episode that waits for the web
+holds none (it usually finds its keys and values again: `slots.py`). Results depend neither on the company a request
+has nor on what was reused.
 """
 
 from __future__ import annotations

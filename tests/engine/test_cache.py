@@ -34,12 +34,12 @@ def test_positions_are_whole_blocks(empty):
 
 
 def test_attending_in_chunks_equals_plain_attention(empty):
-    q_btnh, k_btkh, v_btkh = random(0, 2, 600, N, H), random(1, 2, 600, K, H), random(2, 2, 600, K, H)
-    want_btnh, _ = packed(jnp.ones((2, 600), jnp.int32))(jnp.int32(0), q_btnh, k_btkh, v_btkh, None)
+    q_btnh, k_btkh, v_btkh = random(0, 2, 300, N, H), random(1, 2, 300, K, H), random(2, 2, 300, K, H)
+    want_btnh, _ = packed(jnp.ones((2, 300), jnp.int32))(jnp.int32(0), q_btnh, k_btkh, v_btkh, None)
     cache, outs = empty, []
-    for start in range(0, 600, 150):
-        part = slice(start, start + 150)
-        position_bt = jnp.broadcast_to(jnp.arange(start, start + 150), (2, 150))
+    for start in range(0, 300, 100):
+        part = slice(start, start + 100)
+        position_bt = jnp.broadcast_to(jnp.arange(start, start + 100), (2, 100))
         out, cache = extend(cache, jnp.array([4, 1]), position_bt, q_btnh[:, part], k_btkh[:, part], v_btkh[:, part])
         outs.append(out)
     np.testing.assert_allclose(np.concatenate(outs, axis=1), want_btnh, atol=2e-6)

@@ -39,6 +39,7 @@ def test_good_tokens(tokens):
     [
         (dict(max_new_tokens=0), "max_new_tokens"),
         (dict(temperature=-0.1), "temperature"),
+        (dict(temperature=1e-9), "temperature"),
         (dict(temperature=float("nan")), "temperature"),
         (dict(temperature=float("inf")), "temperature"),
         (dict(top_p=0.0), "top_p"),
