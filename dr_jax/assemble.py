@@ -27,6 +27,7 @@ from dr_jax.learner.grpo import GrpoConfig
 from dr_jax.learner.optim import OptimConfig
 from dr_jax.model import hf, letters
 from dr_jax.model.config import ModelConfig
+from dr_jax.model.qwen2 import REMAT
 from dr_jax.records import Question, Sampling
 from dr_jax.run_config import RunConfig
 from dr_jax.task import questions as question_files
@@ -50,6 +51,8 @@ def check(run: RunConfig) -> None:
     model_path(run)
     find_provider(WORLD_PROVIDER if run.web.provider == WORLD else run.web.provider)
     _api_key(run.web)
+    if run.model.remat not in REMAT:
+        raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
 
 
 @dataclasses.dataclass(frozen=True)

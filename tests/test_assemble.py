@@ -97,6 +97,7 @@ def test_the_checkpoint_is_the_same_network_for_transformers(run):
         ("agent", {"preset": "deepresearcher"}, "config.engine.context: 2048 is less than the 32767 tokens"),
         ("agent", {"preset": "nobody"}, "config.agent.preset: unknown 'nobody'; allowed: deepresearcher"),
         ("model", {"path": "/nowhere"}, "config.model.path: no Hugging Face checkpoint at /nowhere"),
+        ("model", {"remat": "some"}, "config.model.remat: got 'some'; allowed: none"),
         ("questions", {"world_count": 3}, "config.questions.train: world:train holds 3 questions, fewer than"),
     ],
 )

@@ -37,12 +37,11 @@ from dr_jax.rollout.pack import Segment, pack
 from dr_jax.rollout.scheduler import run_groups
 from dr_jax.run_config import RunConfig, resolve
 from dr_jax.testing import ScriptedSampler
-from dr_jax.world import demonstrations, questions
+from dr_jax.world import questions
+from dr_jax.world.demonstrations import CAREFUL, Authors, Habits, turns
 
 _OUT = flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
-_EPISODES = flags.DEFINE_integer("episodes", 16_000, "Demonstrations of one round.")
-_STEPS = flags.DEFINE_integer("steps", 800, "Optimizer steps of one round.")
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds; each has demonstrations of its own.")
+_EPISODES = flags.DEFINE_integer("episodes", 16_000, "Demonstrations of one round; each round has its own.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of demonstrations, initial weights and order.")
 
 PRESET = PRESETS["quickstart"]
@@ -63,6 +62,11 @@ CONFIG = ModelConfig(
 BATCH_ROWS, ROW_TOKENS = 8, 1024
 FILL = 0.88  # of the rows that are meant to be used; packing leaves gaps, and as many rows again catch what is over
 OBSERVATION_WEIGHT = 0.1  # loss on what the policy never has to write: it teaches to copy
+# (optimizer steps, authors) of each round. The first two teach to copy and to follow a chain; the last one sets how
+# careless the checkpoint is: careful enough to be rewarded now and then, and never when it decodes greedily.
+_LEARNING = Authors(careful_share=0.2, others=Habits(guess=0.5, skim=0.85, stop=0.85))
+_FINAL = Authors(careful_share=0.3, others=Habits(guess=0.15, skim=0.9, stop=0.9))
+ROUNDS = ((800, _LEARNING), (800, _LEARNING), (500, _FINAL))
 SCHEDULE = ((0.6, 2e-3), (0.25, 6e-4), (0.15, 2e-4))  # of a round: (share of the steps, learning rate)
 
 CHAT_TEMPLATE = """\
@@ -104,10 +108,10 @@ def main(_: Sequence[str]) -> None:
         base = pathlib.Path(folder)
         asyncio.run(train_tokenizer(base))
         params = weights.init(CONFIG, jax.random.key(_SEED.value), "float32")
-        for number in range(_ROUNDS.value):
-            segments = asyncio.run(collect(base, number))
+        for number, (steps, authors) in enumerate(ROUNDS):
+            segments = asyncio.run(collect(base, number, authors))
             print(f"round {number}: {len(segments)} demonstrations, {time.monotonic() - started_s:.0f} s", flush=True)
-            params = pretrain(params, segments, number)
+            params = pretrain(params, segments, number, steps)
         hf.save(params, CONFIG, base_dir=base, out_dir=out, dtype="bfloat16")
 
 
@@ -117,16 +121,16 @@ async def train_tokenizer(base: pathlib.Path) -> None:
     # A token a byte makes long prompts: the limits of the preset are meant for the real tokenizer.
     roomy = dataclasses.replace(PRESET, context_tokens=60_000, max_turn_tokens=4000, observation_tokens=8000)
     async with open_host(base) as (run, host):
-        sample = await demonstrate(run, dataclasses.replace(host, preset=roomy), 1500, 0, demonstrations.CAREFUL)
+        sample = await demonstrate(run, dataclasses.replace(host, preset=roomy), 1500, 0, Authors(1.0, CAREFUL))
         if any(e.reward < 1 for e in sample):
             raise AssertionError("a careful demonstration was not rewarded in full: world and agent disagree")
         write_base(base, make_tokenizer(host.chat.decode(transcript(e)[0]) for e in sample))
 
 
-async def collect(base: pathlib.Path, number: int) -> list[Segment]:
+async def collect(base: pathlib.Path, number: int, authors: Authors) -> list[Segment]:
     """The transcripts of one round."""
     async with open_host(base) as (run, host):
-        return [segment_of(e) for e in await demonstrate(run, host, _EPISODES.value, number, None)]
+        return [segment_of(e) for e in await demonstrate(run, host, _EPISODES.value, number, authors)]
 
 
 @contextlib.asynccontextmanager
@@ -152,10 +156,8 @@ def settings(base: pathlib.Path) -> RunConfig:
     return resolve(config.to_dict())
 
 
-async def demonstrate(
-    run: RunConfig, host: assemble.Host, count: int, number: int, habits: demonstrations.Habits | None
-) -> list[Episode]:
-    """Rewarded episodes on train questions of round `number`, by authors with `habits`, or by whoever comes."""
+async def demonstrate(run: RunConfig, host: assemble.Host, count: int, number: int, authors: Authors) -> list[Episode]:
+    """Rewarded episodes of `authors` on train questions of round `number`."""
     world, seed = assemble.embedded_world(), episode.seed_of(_SEED.value, number)
     chains = questions.sample_chains(world, "train", seed, count, assemble.WORLD_HOPS)
     asked = [questions.question(world, chain) for chain in chains]
@@ -163,7 +165,7 @@ async def demonstrate(
 
     async def one(question, rollout: int) -> Episode:
         rng = random.Random(f"{seed}/{question.id}")
-        written = demonstrations.turns(world, chain_of[question.id], habits or demonstrations.author(rng), rng)
+        written = turns(world, chain_of[question.id], authors.draw(rng), rng)
         sampler = ScriptedSampler([host.chat.markup(text) for text in written])
         return await episode.run(question, rollout, host.context(run, sampler, seed=0, today="2026-01-01"))
 
@@ -185,7 +187,7 @@ def segment_of(record: Episode) -> Segment:
     return Segment(token.astype(np.int32), weight.astype(np.float32), np.zeros(len(token), np.float32), 0.0)
 
 
-def pretrain(params: weights.Params, segments: Sequence[Segment], number: int) -> weights.Params:
+def pretrain(params: weights.Params, segments: Sequence[Segment], number: int, steps: int) -> weights.Params:
     """`params` after round `number`: the schedule's steps of next-token prediction."""
     mesh, rules = letters.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}), letters.DEFAULT_RULES
     source, state = batches(segments, random.Random(f"{_SEED.value}/{number}")), None
@@ -194,7 +196,7 @@ def pretrain(params: weights.Params, segments: Sequence[Segment], number: int) -
         optim = OptimConfig(learning_rate=rate, warmup_steps=50, beta2=0.98, weight_decay=0.01)
         state = state or init_state(params, CONFIG, optim, mesh, rules)
         step = make_train_step(CONFIG, GrpoConfig(), mesh, rules, optim=optim, micro_rows=BATCH_ROWS, loss="sft")
-        for _ in range(round(share * _STEPS.value)):
+        for _ in range(round(share * steps)):
             state, metrics = step(state, None, put_batch(next(source), mesh, rules))
             done += 1
             if done % 25 == 0:
@@ -271,7 +273,9 @@ def write_base(base: pathlib.Path, tokenizer) -> None:
     tokenizer.save(str(base / "tokenizer.json"))
     (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     card = MODEL_CARD.format(
-        count=weights.count(CONFIG), steps=_STEPS.value * _ROUNDS.value, episodes=_EPISODES.value * _ROUNDS.value
+        count=weights.count(CONFIG),
+        steps=sum(steps for steps, _ in ROUNDS),
+        episodes=_EPISODES.value * len(ROUNDS),
     )
     (base / "README.md").write_text(card)
 

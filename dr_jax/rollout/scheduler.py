@@ -39,10 +39,11 @@ async def run_groups(
     """
     slots = asyncio.Semaphore(max_in_flight)
     done: dict[tuple[int, int], Episode] = {}
+    reported: set[str] = set()
 
     async def one(row: int, question: Question, rollout: int) -> None:
         async with slots:
-            episode = await _guarded(run_episode, question, rollout)
+            episode = await _guarded(run_episode, question, rollout, reported)
         done[row, rollout] = episode
         on_episode(episode)
 
@@ -56,13 +57,18 @@ async def run_groups(
     )
 
 
-async def _guarded(run_episode: RunEpisode, question: Question, rollout: int) -> Episode:
-    """The one place that catches everything: a defect in one episode is recorded and counted, and the others go on."""
+async def _guarded(run_episode: RunEpisode, question: Question, rollout: int, reported: set[str]) -> Episode:
+    """The one place that catches everything: a defect in one episode is recorded and counted, and the others go on.
+
+    The traceback of a defect is logged once, however many episodes it hits; `reported` remembers which were."""
     try:
         return await run_episode(question, rollout)
-    except Exception as error:
-        log.exception("episode failed: question %s, rollout %d", question.id, rollout)
-        return Episode(question, rollout, (), (), StopReason.INFRASTRUCTURE, detail=f"{type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001
+        detail = f"{type(error).__name__}: {error}"
+        if detail not in reported:
+            reported.add(detail)
+            log.exception("episode failed: question %s, rollout %d", question.id, rollout)
+        return Episode(question, rollout, (), (), StopReason.INFRASTRUCTURE, detail=detail)
 
 
 def check_health(groups: Sequence[Group], *, max_infra_fraction: float) -> None:

@@ -25,13 +25,18 @@ class Habits:
 
 
 CAREFUL = Habits(guess=0.0, skim=0.0, stop=0.0)
-CARELESS = Habits(guess=0.5, skim=0.85, stop=0.85)
-CAREFUL_SHARE = 0.2
 
 
-def author(rng: random.Random) -> Habits:
-    """Whoever writes the next transcript."""
-    return CAREFUL if rng.random() < CAREFUL_SHARE else CARELESS
+@dataclasses.dataclass(frozen=True)
+class Authors:
+    """Who writes the transcripts: a share of careful authors, and the habits of all others."""
+
+    careful_share: float
+    others: Habits
+
+    def draw(self, rng: random.Random) -> Habits:
+        """The habits of whoever writes the next transcript."""
+        return CAREFUL if rng.random() < self.careful_share else self.others
 
 
 def turns(world: World, chain: Chain, habits: Habits, rng: random.Random) -> tuple[str, ...]:

@@ -62,6 +62,15 @@ async def test_a_defect_in_one_episode_is_counted_and_the_others_go_on():
     ]
 
 
+async def test_a_defect_that_hits_every_episode_is_logged_once(caplog):
+    async def run(question, rollout):
+        raise ZeroDivisionError("a defect")
+
+    groups = await run_groups(QUESTIONS, rollouts=4, run_episode=run, max_in_flight=3)
+    assert sum(e.detail == "ZeroDivisionError: a defect" for group in groups for e in group.episodes) == 20
+    assert len(caplog.records) == 1
+
+
 async def test_cancelling_leaves_no_episode_running():
     started, ended = 0, 0
 

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from dr_jax.world import lore, questions
-from dr_jax.world.demonstrations import CAREFUL, Habits, author, turns
+from dr_jax.world.demonstrations import CAREFUL, Authors, Habits, turns
 from dr_jax.world.pages import url
 from dr_jax.world.questions import Chain
 
@@ -62,5 +62,9 @@ def test_each_habit_ends_in_its_own_wrong_answer(world):
 
 
 def test_authors_are_drawn_from_the_seed_alone():
-    assert [author(random.Random(i)) for i in range(50)] == [author(random.Random(i)) for i in range(50)]
-    assert {author(random.Random(i)) == CAREFUL for i in range(50)} == {True, False}
+    careless = Habits(guess=0.5, skim=0.5, stop=0.5)
+    authors = Authors(careful_share=0.2, others=careless)
+    drawn = [authors.draw(random.Random(i)) for i in range(500)]
+    assert drawn == [authors.draw(random.Random(i)) for i in range(500)]
+    assert 60 < drawn.count(CAREFUL) < 140
+    assert set(drawn) == {CAREFUL, careless}
