@@ -56,55 +56,54 @@ def attend_slots(slot_b: jax.Array, position_bt: jax.Array, positions: int) -> A
     def attend(layer: jax.Array, q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, cache: Cache):
         _, t, n, h = q_btnh.shape
         k = k_btkh.shape[2]
-        # Only finite values are stored: a masked position has probability 0, and 0 * nan would spoil the slot's next
-        # user.
+        # Only finite values are stored: a masked position has probability 0, and 0 * nan would spoil
+        # the slot's next user.
         cache = Cache(
             cache.k_lbksh.at[layer, slot_b[:, None], :, position_bt].set(jnp.nan_to_num(k_btkh)),
             cache.v_lbksh.at[layer, slot_b[:, None], :, position_bt].set(jnp.nan_to_num(v_btkh)),
         )
-        q_btkgh = q_btnh.reshape(b, t, k, n // k, h)
+        # The g query heads of a kv head are folded into t, so that scores come out of one product with s innermost.
+        q_bkth = q_btnh.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, n // k * t, h)
+        folded_bt = jnp.tile(position_bt, (1, n // k))
 
         def attend_group(group: tuple[jax.Array, jax.Array]) -> jax.Array:
             row_b, blocks = group
-            return _attend_blocks(cache, layer, q_btkgh[row_b], slot_b[row_b], position_bt[row_b], blocks)
+            return _attend_blocks(cache, layer, q_bkth[row_b], slot_b[row_b], folded_bt[row_b], blocks)
 
-        o_rbtkgh = jax.lax.map(attend_group, (order_rg, blocks_r))
-        o_btkgh = o_rbtkgh.reshape(q_btkgh.shape)[jnp.argsort(order_rg.reshape(b))]
-        return o_btkgh.reshape(b, t, n, h).astype(q_btnh.dtype), cache
+        o_rbkth = jax.lax.map(attend_group, (order_rg, blocks_r))
+        o_bkgth = o_rbkth.reshape(b, k, n // k, t, h)[jnp.argsort(order_rg.reshape(b))]
+        return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q_btnh.dtype), cache
 
     return attend
 
 
-def _attend_blocks(cache: Cache, layer, q_btkgh, slot_b, position_bt, blocks: jax.Array) -> jax.Array:
+def _attend_blocks(cache: Cache, layer, q_bkth, slot_b, position_bt, blocks: jax.Array) -> jax.Array:
     """Softmax attention over the first `blocks` blocks of the slots, renormalised as the running maximum grows; f32."""
-    b, t, k, g, h = q_btkgh.shape
+    b, k, t, h = q_bkth.shape
 
     def block_of(x_lbksh: jax.Array, j: jax.Array) -> jax.Array:
         starts = [(layer, slot_b[row], 0, j * BLOCK, 0) for row in range(b)]
         return jnp.concatenate([jax.lax.dynamic_slice(x_lbksh, s, (1, 1, k, BLOCK, h))[0] for s in starts])
 
     def add_block(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
-        top_bkgt, total_bkgt, o_bkgth = state
+        top_bkt, total_bkt, o_bkth = state
         k_bksh, v_bksh = block_of(cache.k_lbksh, j), block_of(cache.v_lbksh, j)
-        score_bkgts = jnp.einsum("btkgh,bksh->bkgts", q_btkgh, k_bksh, preferred_element_type=jnp.float32)
+        score_bkts = jnp.einsum("bkth,bksh->bkts", q_bkth, k_bksh, preferred_element_type=jnp.float32) * h**-0.5
         seen_bts = (j * BLOCK + jnp.arange(BLOCK))[None, None, :] <= position_bt[:, :, None]
-        score_bkgts = jnp.where(seen_bts[:, None, None], score_bkgts * h**-0.5, -jnp.inf)
-        new_top_bkgt = jnp.maximum(top_bkgt, score_bkgts.max(-1))
-        shrink_bkgt = jnp.exp(top_bkgt - new_top_bkgt)
-        prob_bkgts = jnp.exp(score_bkgts - new_top_bkgt[..., None])
-        part_bkgth = jnp.einsum(
-            "bkgts,bksh->bkgth", prob_bkgts.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32
+        score_bkts = jnp.where(seen_bts[:, None], score_bkts, -jnp.inf)
+        new_top_bkt = jnp.maximum(top_bkt, score_bkts.max(-1))
+        shrink_bkt = jnp.exp(top_bkt - new_top_bkt)
+        prob_bkts = jnp.exp(score_bkts - new_top_bkt[..., None])
+        part_bkth = jnp.einsum(
+            "bkts,bksh->bkth", prob_bkts.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32
         )
-        return (
-            new_top_bkgt,
-            total_bkgt * shrink_bkgt + prob_bkgts.sum(-1),
-            o_bkgth * shrink_bkgt[..., None] + part_bkgth,
-        )
+        total_bkt = total_bkt * shrink_bkt + prob_bkts.sum(-1)
+        return new_top_bkt, total_bkt, o_bkth * shrink_bkt[..., None] + part_bkth
 
     # A finite floor: an inert row sees no block at all, and must still divide by something.
-    state = (jnp.full((b, k, g, t), -1e30), jnp.full((b, k, g, t), 1e-30), jnp.zeros((b, k, g, t, h)))
-    _, total_bkgt, o_bkgth = jax.lax.fori_loop(0, blocks, add_block, state)
-    return (o_bkgth / total_bkgt[..., None]).transpose(0, 3, 1, 2, 4)
+    state = (jnp.full((b, k, t), -1e30), jnp.full((b, k, t), 1e-30), jnp.zeros((b, k, t, h)))
+    _, total_bkt, o_bkth = jax.lax.fori_loop(0, blocks, add_block, state)
+    return o_bkth / total_bkt[..., None]
 
 
 def copy_prefix(cache: Cache, source: jax.Array, target: jax.Array, length: jax.Array) -> Cache:
