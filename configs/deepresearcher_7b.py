@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
     config.grpo = ConfigDict()
     config.grpo.advantage = "std"
     config.grpo.old_logp = "learner"  # one update per batch: the ratio is 1
+    config.grpo.equal_groups = "keep"  # as the reference; they still carry the KL and the entropy term
     config.grpo.clip_low = 0.2
     config.grpo.clip_high = 0.2
     config.grpo.kl_coef = 0.001

@@ -79,6 +79,7 @@ class Batch:
 @dataclasses.dataclass(frozen=True)
 class Grpo:
     advantage: str  # 'std' as the reference, 'mean' as Dr. GRPO
+    equal_groups: str  # 'keep' as the reference; 'skip' leaves groups whose rewards are all equal out of the batch
     clip_low: float
     clip_high: float
     old_logp: str  # 'learner' (as the reference; exact resume) or 'sampler' (a row of learner.grpo.OLD_LOGPS)
@@ -154,6 +155,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "export.dtype": ("float32", "bfloat16"),
     "grpo.advantage": ("std", "mean"),
+    "grpo.equal_groups": ("keep", "skip"),
     "grpo.old_logp": ("learner", "sampler"),
 }
 

@@ -135,7 +135,7 @@ class Trainer:
         summary = metrics.rollout_summary([group.episodes for group in groups])
         standing.infra_failures += int(summary["infra_failures"])
         step_s = time.monotonic() - started_s
-        tokens = int((batch.segment_bt > 0).sum())
+        tokens = sum(len(e.calls[-1].prompt) + len(e.calls[-1].output) for e in episodes if e.calls)
         return (
             summary
             | learned
@@ -162,12 +162,18 @@ class Trainer:
             )
 
     def pack(self, groups: Sequence[Group]) -> PackedBatch:
-        """The checked batch of one step; episodes that an outage touched are left out."""
+        """The checked batch of one step; episodes that an outage touched are left out.
+
+        `equal_groups='skip'` also leaves out the groups that say nothing about the policy, and with them their tokens
+        in the loss's denominator: DAPO's filter (arXiv 2503.14476, section 3.2) without drawing others in their place.
+        """
         run, rows = self.run, []
         for group in groups:
             trainable = [e.trainable for e in group.episodes]
             rewards = [e.reward for e in group.episodes]
             advantages = group_advantages(rewards, trainable, normalise=run.grpo.advantage)
+            if run.grpo.equal_groups == "skip" and not advantages.any():
+                continue
             for e, advantage in zip(group.episodes, advantages, strict=True):
                 if e.trainable:
                     rows += segments(e, float(advantage))
