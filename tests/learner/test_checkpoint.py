@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import pathlib
 import shutil
 import subprocess
@@ -17,15 +16,6 @@ from dr_jax.learner.optim import OptimConfig
 from dr_jax.learner.state import TrainState, abstract_state
 from dr_jax.learner.step import put_batch
 from dr_jax.model import letters
-
-# When a read fails, Orbax drops the coroutines of the reads it had planned.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _drop_them_here():
-    yield
-    gc.collect()
 
 
 @pytest.fixture
@@ -106,8 +96,9 @@ def flip_a_bit(step_dir: pathlib.Path, state: TrainState) -> None:
 
 
 def truncate(step_dir: pathlib.Path, state: TrainState) -> None:
-    for path in step_dir.glob("params/**/d/*"):
-        path.write_bytes(path.read_bytes()[:-50])
+    # The tree, not the arrays: a failed array read makes Orbax's threads complain long after the test.
+    path = step_dir / "params" / "_METADATA"
+    path.write_bytes(path.read_bytes()[:-50])
 
 
 def empty(step_dir: pathlib.Path, state: TrainState) -> None:
