@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 60
+    config.steps = 40
 
     config.questions = ConfigDict()
     config.questions.train = "world:train"
@@ -37,13 +37,13 @@ def get_config() -> ConfigDict:
     config.agent.deadline_s = 120.0  # a whole episode takes about 2 s
 
     config.rollout = ConfigDict()
-    config.rollout.questions = 12
+    config.rollout.questions = 16
     config.rollout.rollouts = 8
-    config.rollout.max_in_flight = 96  # all of them: each keeps a slot of its own
+    config.rollout.max_in_flight = 128  # all of them: each keeps a slot of its own
     config.rollout.max_infra_fraction = 0.2
 
     config.engine = ConfigDict()
-    config.engine.slots = 96
+    config.engine.slots = 128
     config.engine.context = 2048
     config.engine.tensor = 1
     config.engine.prefill_rows = 8
@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
     )
 
     config.batch = ConfigDict()
-    config.batch.rows = 96  # questions x rollouts
+    config.batch.rows = 128  # questions x rollouts
     config.batch.row_tokens = 2048
     config.batch.micro_rows = 4
 
@@ -88,19 +88,19 @@ def get_config() -> ConfigDict:
     config.grpo.entropy_coef = 0.0
 
     config.optim = ConfigDict()
-    config.optim.lr = 2.5e-4  # a 0.8M-parameter model; the 7B uses 1e-6
+    config.optim.lr = 1e-4  # a 0.8M-parameter model; the 7B uses 1e-6
     config.optim.warmup_steps = 4
     config.optim.b1 = 0.9
-    config.optim.b2 = 0.99
+    config.optim.b2 = 0.999
     config.optim.weight_decay = 0.0
     config.optim.grad_clip = 1.0
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every_steps = 15
+    config.checkpoint.every_steps = 10
     config.checkpoint.keep = 2
 
     config.eval = ConfigDict()
-    config.eval.every_steps = 15
+    config.eval.every_steps = 10
     config.eval.questions = 200
 
     config.export = ConfigDict()
