@@ -8,6 +8,5 @@ cd "$(dirname "$0")/.."
 
 install -e .
 mkdir -p runs
-# Two devices on two cores: the same sharded step as on a pod, each core computes its share of the rows.
-export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-2}"
+export JAX_PLATFORMS=cpu
 exec .venv/bin/python -m dr_jax.train --config=configs/quickstart.py --workdir=runs/quickstart "$@"
