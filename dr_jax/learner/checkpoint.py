@@ -1,7 +1,7 @@
 """Checkpoints on disk, through Orbax (nothing else imports it). One step directory holds all or nothing of a step.
 
 A step holds three items: `params`, `rest` (optimizer, step counter, random key) and `meta` (JSON: what the run needs to
-go on, and a checksum of every leaf; the array format itself does not notice a flipped bit).
+go on; shape, dtype and checksum of every leaf, as the array format itself does not notice a flipped bit).
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Checkpoints:
         if latest is not None and step <= latest:
             raise CheckpointError(f"{self._path}: step {step} cannot follow step {latest}")
         params, rest = _split(state)
-        sums = _checksums({"params": params, "rest": rest})
+        leaves = _leaves({"params": params, "rest": rest})
         try:
             items = dict(params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest))
-            written = ocp.args.Composite(**items, meta=ocp.args.JsonSave({"checksums": sums, "meta": meta}))
+            written = ocp.args.Composite(**items, meta=ocp.args.JsonSave({"leaves": leaves, "meta": meta}))
             self._manager.wait_until_finished()  # raises what the previous write hid
             self._manager.save(step, args=written)
         except Exception as error:  # noqa: BLE001 - a full disk, a lost bucket: Orbax raises whatever it met
@@ -68,7 +68,8 @@ class Checkpoints:
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """(state placed as `abstract` says, meta) of `step`; of the newest readable step where `step` is None.
 
-        A newest step that cannot be read is moved to `<step>.unreadable` with a warning, and the one before is tried.
+        A newest step that cannot be read is moved to `<step>.unreadable` with a warning, and the one before is tried. A
+        step that can be read, but is of another model, raises.
         """
         params, rest = _split(abstract)
         found, meta = self._restore({"params": params, "rest": rest}, step)
@@ -110,22 +111,35 @@ class Checkpoints:
         raise CheckpointError(f"{self._path}: nothing could be restored. {'; '.join(reasons)}")
 
     def _attempt(self, abstract: dict[str, Any], step: int) -> tuple[Any, str | None]:
-        """((items, meta), None), or (None, why not). Every host agrees on which of the two it is."""
-        found, reason = None, None
+        """((items, meta), None), or (None, why it cannot be read)."""
+        header, reason = self._read(step, meta=ocp.args.JsonRestore())
+        if reason is not None:
+            return None, reason
+        leaves, meta = header["meta"]["leaves"], header["meta"]["meta"]
+        for name, want in _shapes(abstract).items():
+            got = leaves.get(name, {"shape": None})
+            if any(got.get(field) != value for field, value in want.items()):
+                raise CheckpointError(
+                    f"{self._path}: step {step} is of another model or optimizer: {name} is {got} there, {want} here"
+                )
+        items, reason = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+        if reason is not None:
+            return None, reason
+        wrong = [name for name, leaf in _leaves(items).items() if leaf != leaves[name]]
+        if wrong:
+            return None, f"checksum of {wrong[0]} differs ({len(wrong)} leaves): the file changed after it was written"
+        return (items, meta), None
+
+    def _read(self, step: int, **items: Any) -> tuple[Any, str | None]:
+        """(the items, None), or (None, why not): every host agrees on which of the two."""
+        loaded, reason = None, None
         try:
-            items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-            loaded = self._manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
-            found = {name: loaded[name] for name in abstract}, loaded["meta"]
-        except Exception as error:  # noqa: BLE001 - missing, truncated, of another shape: each has its own type in Orbax
+            loaded = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # noqa: BLE001 - missing, truncated, garbled: each has its own type in Orbax
             reason = _line(error)
         if not _everywhere(reason is None):
             return None, reason or "another host could not read it"
-        items, meta = found
-        expected = meta["checksums"]
-        wrong = [leaf for leaf, value in _checksums(items).items() if expected.get(leaf) != value]
-        if wrong:
-            return None, f"checksum of {wrong[0]} differs ({len(wrong)} leaves): the file changed after it was written"
-        return (items, meta["meta"]), None
+        return {name: loaded[name] for name in items}, None
 
     def _set_aside(self, unreadable: list[int]) -> None:
         """Moves steps out of the way: their numbers will be written again. Nothing is deleted."""
@@ -148,12 +162,25 @@ def _split(state: TrainState) -> tuple[Params, dict[str, Any]]:
     return state.params, {"opt_state": state.opt_state, "step": state.step, "rng": rng}
 
 
-def _checksums(items: dict[str, Any]) -> dict[str, int]:
-    """uint32 sum of (bits of the element) x (odd number of its place), by leaf: exact on any mesh, and any one flipped
-    bit changes it."""
-    leaves = jax.tree_util.tree_leaves_with_path(items)
-    sums = jax.device_get(_sum_all([leaf for _, leaf in leaves]))
-    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+def _shapes(items: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of every leaf, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(items)
+    }
+
+
+def _leaves(items: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and checksum of every leaf.
+
+    The checksum is the uint32 sum of (bits of an element) x (an odd number for its place): the same on every mesh, and
+    any one flipped bit changes it.
+    """
+    sums = jax.device_get(_sum_all(jax.tree.leaves(items)))
+    return {
+        name: {**shape, "checksum": int(value)}
+        for (name, shape), value in zip(_shapes(items).items(), sums, strict=True)
+    }
 
 
 @jax.jit

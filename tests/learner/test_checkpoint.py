@@ -159,12 +159,15 @@ def test_missing_and_empty_directories_are_named(tmp_path, abstract, mesh):
             checkpoints.restore(abstract(mesh))
 
 
-def test_another_model_is_refused(written, config, rules, mesh):
+def test_another_model_is_refused_and_stays_where_it_is(written, config, rules, mesh):
     path, _ = written
     wider = dataclasses.replace(config, d_ff=48)
-    with Checkpoints(path) as checkpoints:
-        with pytest.raises(CheckpointError, match="nothing could be restored"):
-            checkpoints.restore(abstract_state(wider, OptimConfig(), mesh, rules), step=3)
+    with Checkpoints(path, keep=3) as checkpoints:
+        with pytest.raises(
+            CheckpointError, match=r"step 3 is of another model .*mlp/down is .*24, 16.* there, .*48, 16"
+        ):
+            checkpoints.restore(abstract_state(wider, OptimConfig(), mesh, rules))
+        assert checkpoints.latest() == 3
 
 
 def test_a_step_is_never_overwritten(written, fresh, mesh):
