@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 python tools/make_world_checkpoint.py --out=/tmp/checkpoint
 
 Demonstrations run through the real episode code against the real embedded site, so what the model learns to write is
-what a run will parse; only questions of the train split are used. About half an hour on 2 cores.
+what a run will parse; only questions of the train split are used. About 50 minutes on 2 shared cores.
 """
 
 from __future__ import annotations
