@@ -4,8 +4,10 @@ like "nothing found"."""
 from __future__ import annotations
 
 import asyncio
+import functools
+import ipaddress
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -14,10 +16,12 @@ from yarl import URL
 from dr_jax.errors import ConfigError
 from dr_jax.interfaces import Searcher
 from dr_jax.records import Failure, FailureKind, Hit
-from dr_jax.web.http import failure_of, read_body, retry, retry_after_s
-from dr_jax.web.text import MAX_URL_CHARS, clean_line
+from dr_jax.web.breaker import Breaker
+from dr_jax.web.budget import Budget
+from dr_jax.web.http import failure_of, read_body, retry
+from dr_jax.web.search_wire import PROVIDERS, SERPER, Locale, Provider, Refusal, json_provider
+from dr_jax.web.text import clean_line
 
-MAX_RESULTS = 10  # Serper charges double for more
 _MAX_QUERY_CHARS = 2048
 _MAX_ANSWER_BYTES = 1 << 20
 _RETRYABLE = frozenset({
@@ -25,69 +29,106 @@ _RETRYABLE = frozenset({
 })  # fmt: skip
 
 
-class SerperSearch:
-    """Google's results through serper.dev. Never raises for a query or an answer; cancellation passes.
+class SearchClient:
+    """Asks one provider. Never raises for a query or an answer; cancellation passes.
 
     `session` comes from `http.open_session` and serves this provider alone. An answer that redirects is refused: the
-    key goes to `endpoint` and nowhere else.
-
-    Source: https://serper.dev (POST JSON q, num, gl, hl with X-API-KEY; `organic[]` of title, link, snippet)."""
+    key goes to `endpoint` and nowhere else. A search holds its slot while it waits to try again, so that a provider
+    that asks for less gets less. `budget` pays for each attempt; `breaker` stops asking a provider that is down."""
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
+        provider: Provider,
         *,
-        api_key: str,
-        endpoint: str = "https://google.serper.dev/search",
+        api_key: str = "",
+        endpoint: str = "",
         region: str = "us",
         language: str = "en",
         timeout_s: float = 10.0,
         max_concurrent: int = 32,
         retries: int = 2,
         backoff_s: float = 0.5,
+        breaker: Breaker | None = None,
+        budget: Budget | None = None,
     ):
-        url = URL(endpoint)
-        # .test can never be a public name (RFC 6761): it is where a world of one's own is mapped to.
-        if url.scheme != "https" and not (url.raw_host or "").endswith(".test"):
-            raise ConfigError(f"search.endpoint: {endpoint!r} would send the key in the clear; use https")
-        if not api_key or not api_key.isascii() or not api_key.isprintable():
-            raise ConfigError("search.api_key: Serper needs a key (https://serper.dev); set SERPER_API_KEY")
-        self._session, self._url, self._region, self._language = session, url, region, language
-        self._headers = {"X-API-KEY": api_key, "Accept": "application/json"}
+        self._url = _check_endpoint(endpoint or provider.endpoint, provider)
+        self._headers = {"Accept": "application/json"}
+        if provider.key_header:
+            self._headers[provider.key_header] = provider.key_prefix + _check_key(api_key, provider)
+        self._session, self._provider, self._locale = session, provider, Locale(region, language)
         self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
         self._slots = asyncio.Semaphore(max_concurrent)
+        # More in a row than one moment's searches, so that a single hiccup of the network does not open it.
+        self._breaker = breaker or Breaker(threshold=2 * max_concurrent, cool_s=15.0)
+        self._budget = budget
+        if budget:
+            budget.price_usd(provider.name)  # ConfigError now, not in the middle of a run
 
     @property
     def identity(self) -> dict[str, str]:
         """What, besides the query, decides the results: part of a cache key."""
-        return {"provider": "serper", "endpoint": str(self._url), "gl": self._region, "hl": self._language}
+        identity = {
+            "provider": self._provider.name, "endpoint": str(self._url),
+            "gl": self._locale.region, "hl": self._locale.language,
+        }  # fmt: skip
+        return identity | ({"variant": self._provider.variant} if self._provider.variant else {})
 
     async def search(self, query: str, *, top_k: int) -> tuple[Hit, ...] | Failure:
-        """At most `top_k` (1 to 10) results in rank order."""
+        """At most `top_k` results in rank order, and at most what the provider returns for one call."""
         query = clean_line(query)
         if not query or len(query) > _MAX_QUERY_CHARS:
             return Failure(FailureKind.BAD_REQUEST, f"a query has 1 to {_MAX_QUERY_CHARS} characters")
-        top_k = min(max(top_k, 1), MAX_RESULTS)
-        request = {"q": query, "num": top_k, "gl": self._region, "hl": self._language}
-        answer = await retry(
-            lambda: self._ask(request),
-            retryable=lambda failure: failure.kind in _RETRYABLE,
-            retries=self._retries,
-            backoff_s=self._backoff_s,
-        )
+        top_k = min(max(top_k, 1), self._provider.max_results)
+        request = self._provider.request(query, top_k, self._locale)
+        async with self._slots:
+            refused = self._breaker.admit(self._provider.name)
+            if refused:
+                return refused
+            answer = await retry(
+                lambda: self._attempt(request),
+                retryable=lambda failure: failure.kind in _RETRYABLE,
+                retries=self._retries,
+                backoff_s=self._backoff_s,
+            )
+            failed = isinstance(answer, Failure) and answer.kind in _RETRYABLE
+            self._breaker.record(self._provider.name, failed)
         return answer if isinstance(answer, Failure) else answer[:top_k]
 
+    async def _attempt(self, request: dict[str, Any]) -> tuple[Hit, ...] | Failure:
+        """One request, paid for before it is made; a provider that answers with an error status charges nothing."""
+        refused = self._budget.take(self._provider.name) if self._budget else None
+        if refused:
+            return refused
+        answer = await self._ask(request)
+        if self._budget and isinstance(answer, Failure) and answer.status:
+            self._budget.give_back(self._provider.name)
+        return answer
+
     async def _ask(self, request: dict[str, Any]) -> tuple[Hit, ...] | Failure:
+        sent: dict[str, Any] = {"params" if self._provider.method == "GET" else "json": request}
         try:
-            async with self._slots, asyncio.timeout(self._timeout_s):
-                async with self._session.post(
-                    self._url, json=request, headers=self._headers, allow_redirects=False
-                ) as response:
-                    body = await read_body(response, _MAX_ANSWER_BYTES)
-                    return _broken(body) if isinstance(body, Failure) else _answer(response, body)
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._session.request(
+                    self._provider.method, self._url, headers=self._headers, allow_redirects=False, **sent
+                ) as response,
+            ):
+                body = await read_body(response, _MAX_ANSWER_BYTES)
+                return _broken(body) if isinstance(body, Failure) else self._answer(response, body)
         # The border: what aiohttp raises for a broken provider is not a closed list.
         except Exception as error:  # noqa: BLE001
             return _broken(failure_of(error))
+
+    def _answer(self, response: aiohttp.ClientResponse, body: bytes) -> tuple[Hit, ...] | Failure:
+        if self._budget:
+            self._budget.add_bytes(len(body))
+        if response.status != 200:
+            return self._provider.refused(Refusal(response.status, response.headers, body))
+        try:
+            return self._provider.hits(json.loads(body))
+        except (ValueError, RecursionError):
+            return Failure(FailureKind.PROVIDER_DOWN, "the answer is not JSON")
 
 
 def _broken(failure: Failure) -> Failure:
@@ -97,46 +138,47 @@ def _broken(failure: Failure) -> Failure:
     )
 
 
-def _answer(response: aiohttp.ClientResponse, body: bytes) -> tuple[Hit, ...] | Failure:
-    status = response.status
-    if status == 200:
-        return _hits(body)
-    if status == 429:
-        return Failure(FailureKind.RATE_LIMITED, "HTTP 429", status, retry_after_s(response.headers))
-    if status == 402 or (status in (400, 403) and b"credit" in body.lower()):
-        return Failure(FailureKind.QUOTA_EXHAUSTED, "no credits left", status)
-    if status in (401, 403):
-        return Failure(FailureKind.AUTH, "the key was refused", status)
-    if 400 <= status < 500:
-        return Failure(FailureKind.BAD_REQUEST, f"HTTP {status}", status)
-    return Failure(FailureKind.PROVIDER_DOWN, f"HTTP {status}", status, retry_after_s(response.headers))
+def _check_key(api_key: str, provider: Provider) -> str:
+    if not api_key or not api_key.isascii() or not api_key.isprintable():
+        raise ConfigError(f"search.api_key: {provider.name} needs a key; set {provider.key_variable}")
+    return api_key
 
 
-def _hits(body: bytes) -> tuple[Hit, ...] | Failure:
-    """The organic results that are whole; an answer of another shape is a provider that does not work."""
+def _check_endpoint(endpoint: str, provider: Provider) -> URL:
+    """`endpoint`, if what is sent there is safe: https, or plain http to this machine (a key never leaves it), or,
+    where there is no key, to a name or address of the own network."""
+    url = URL(endpoint)
+    if not url.raw_host or url.scheme not in ("http", "https") or url.raw_user is not None:
+        raise ConfigError(f"search.endpoint: provider {provider.name!r} needs an http(s) URL without user or password")
+    if url.scheme == "https" or _is_this_machine(url.raw_host):
+        return url
+    if provider.key_header:
+        raise ConfigError(f"search.endpoint: {endpoint!r} would send the key in the clear; use https")
+    if not _is_own_network(url.raw_host):
+        raise ConfigError(f"search.endpoint: {endpoint!r}: anybody on the way could change the results; use https")
+    return url
+
+
+def _is_this_machine(host: str) -> bool:
+    # .test can never be a public name (RFC 6761): it is where a world of one's own is mapped to.
+    address = _address(host)
+    return address.is_loopback if address else host == "localhost" or host.endswith((".localhost", ".test"))
+
+
+def _is_own_network(host: str) -> bool:
+    address = _address(host)
+    own_name = "." not in host or host.endswith((".internal", ".local", ".home.arpa"))
+    return address.is_private if address else own_name
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return Failure(FailureKind.PROVIDER_DOWN, "the answer is not JSON")
-    # Serper leaves `organic` out where nothing was found, but always echoes the parameters.
-    empty = [] if isinstance(answer, dict) and "searchParameters" in answer else None
-    organic = answer.get("organic", empty) if isinstance(answer, dict) else None
-    if not isinstance(organic, list):
-        return Failure(FailureKind.PROVIDER_DOWN, "the answer has no list `organic`")
-    return tuple(hit for hit in map(_hit, organic) if hit)
-
-
-def _hit(item: Any) -> Hit | None:
-    if not isinstance(item, dict) or not isinstance(item.get("link"), str):
+        return ipaddress.ip_address(host)
+    except ValueError:
         return None
-    url = clean_line(item["link"])
-    if not url.lower().startswith(("http://", "https://")) or len(url) > MAX_URL_CHARS:
-        return None
-    title, snippet = (value if isinstance(value, str) else "" for value in (item.get("title"), item.get("snippet")))
-    return Hit(title=clean_line(title, 300), url=url, snippet=clean_line(snippet, 2000))
 
 
-PROVIDERS: dict[str, Callable[..., Searcher]] = {"serper": SerperSearch}
+SerperSearch = functools.partial(SearchClient, provider=SERPER)
 
 _RETIRED = {
     "bing": "Microsoft ended the Bing Search API on 2025-08-11",
@@ -145,13 +187,26 @@ _RETIRED = {
 
 
 def find_provider(provider: str) -> Callable[..., Searcher]:
-    """The client of this name; `ConfigError` names the others where there is none."""
+    """The client of this name, to be called with (session, **settings); `ConfigError` names the others where there is
+    none. `json` is any other API: its client also takes `wire`, the arguments of `search_wire.json_provider`."""
     if provider in PROVIDERS:
-        return PROVIDERS[provider]
+        return functools.partial(SearchClient, provider=PROVIDERS[provider])
+    if provider == "json":
+        return _open_json
     why = _RETIRED.get(provider, "unknown provider")
-    raise ConfigError(f"search.provider: {provider!r}: {why}. Use one of: {', '.join(PROVIDERS)}")
+    raise ConfigError(f"search.provider: {provider!r}: {why}. Use one of: {', '.join([*PROVIDERS, 'json'])}")
+
+
+def _open_json(
+    session: aiohttp.ClientSession, *, wire: Mapping[str, Any] | None = None, **settings: Any
+) -> SearchClient:
+    try:
+        provider = json_provider(**(wire or {}))
+    except TypeError as error:  # a name that is missing or unknown
+        raise ConfigError(f"search.wire: {error}") from error
+    return SearchClient(session, provider, **settings)
 
 
 def open_search(provider: str, session: aiohttp.ClientSession, **settings: Any) -> Searcher:
-    """The client of `provider`, a name in `PROVIDERS`, with its own settings."""
+    """The client of `provider`, a name that `find_provider` knows, with its own settings."""
     return find_provider(provider)(session, **settings)

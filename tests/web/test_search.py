@@ -7,8 +7,10 @@ import pytest
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import FailureKind, Hit
+from dr_jax.web.breaker import Breaker
+from dr_jax.web.budget import Budget
 from dr_jax.web.http import open_session
-from dr_jax.web.search import SerperSearch, open_search
+from dr_jax.web.search import SearchClient, open_search
 
 KEY = "canary-4f9d2c"
 
@@ -37,7 +39,13 @@ HITS = (
 
 def http(body: bytes | dict, *headers: str, status: str = "200 OK") -> bytes:
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"HTTP/1.1 {status}", *headers, "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    lines = [
+        f"HTTP/1.1 {status}",
+        *headers,
+        "Connection: close",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
@@ -48,7 +56,7 @@ async def silent(reader, writer):
 async def search(server, query="apple inc", *, top_k=10, **settings):
     settings = {"api_key": KEY, "endpoint": "http://search.test/search", "backoff_s": 1e-3, "timeout_s": 1.0} | settings
     async with open_session(hosts={"search.test": ("127.0.0.1", server.port)}) as session:
-        return await SerperSearch(session, **settings).search(query, top_k=top_k)
+        return await open_search("serper", session, **settings).search(query, top_k=top_k)
 
 
 async def test_serper_wire_format(serve):
@@ -71,7 +79,10 @@ async def test_num_is_what_was_asked_for_up_to_what_one_credit_buys(serve, top_k
 
 async def test_bad_items_are_dropped(serve):
     items = [None, 7, [], {}, {"link": 5}, {"link": "javascript:alert(1)"}, {"link": "/wiki"}, {"title": "no link"}]
-    items += [{"link": "https://a.test/" + "x" * 3000}, {"link": "https://a.test/", "title": None, "snippet": ["x"]}]
+    items += [
+        {"link": "https://a.test/" + "x" * 3000},
+        {"link": "https://a.test/", "title": None, "snippet": [{"x": 1}, 5]},
+    ]
     assert await search(await serve(http({"organic": items}))) == (Hit("", "https://a.test/", ""),)
 
 
@@ -131,7 +142,7 @@ async def test_the_key_goes_to_its_endpoint_alone(serve):
     server = await serve(http(b"", f"Location: http://thief.test:{thief.port}/search", status="307 T"))
     hosts = {"search.test": ("127.0.0.1", server.port), "thief.test": ("127.0.0.1", thief.port)}
     async with open_session(hosts=hosts) as session:
-        client = SerperSearch(session, api_key=KEY, endpoint="http://search.test/search", retries=0)
+        client = open_search("serper", session, api_key=KEY, endpoint="http://search.test/search", retries=0)
         assert (await client.search("q", top_k=3)).kind is FailureKind.PROVIDER_DOWN
         assert KEY not in repr(client)
         assert KEY not in str(client.identity)
@@ -141,7 +152,7 @@ async def test_the_key_goes_to_its_endpoint_alone(serve):
 async def test_a_provider_at_a_denied_address_is_not_dialled(serve):
     server = await serve(http(ANSWER))
     async with open_session(lookup=lambda _: ["127.0.0.1"]) as session:
-        client = SerperSearch(session, api_key=KEY, endpoint=f"http://search.test:{server.port}/", retries=0)
+        client = open_search("serper", session, api_key=KEY, endpoint=f"http://search.test:{server.port}/", retries=0)
         failure = await client.search("q", top_k=3)
     assert (failure.kind, server.connections) == (FailureKind.PROVIDER_DOWN, 0)
 
@@ -172,7 +183,7 @@ async def test_concurrency_is_bounded(serve):
 
     server = await serve(slow)
     async with open_session(hosts={"search.test": ("127.0.0.1", server.port)}) as session:
-        client = SerperSearch(session, api_key=KEY, endpoint="http://search.test/", max_concurrent=3)
+        client = open_search("serper", session, api_key=KEY, endpoint="http://search.test/", max_concurrent=3)
         answers = await asyncio.gather(*(client.search(f"q{i}", top_k=5) for i in range(12)))
     assert answers == [HITS] * 12
     assert peak == 3
@@ -182,14 +193,14 @@ async def test_concurrency_is_bounded(serve):
 async def test_an_impossible_key_is_a_config_error_that_does_not_show_it(key):
     async with open_session() as session:
         with pytest.raises(ConfigError, match="search.api_key: .*SERPER_API_KEY") as caught:
-            SerperSearch(session, api_key=key)
+            open_search("serper", session, api_key=key)
     assert not key or key not in str(caught.value)
 
 
 async def test_a_key_in_the_clear_is_a_config_error():
     async with open_session() as session:
         with pytest.raises(ConfigError, match="search.endpoint: 'http://google.serper.dev' .* use https"):
-            SerperSearch(session, api_key=KEY, endpoint="http://google.serper.dev")
+            open_search("serper", session, api_key=KEY, endpoint="http://google.serper.dev")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +209,102 @@ async def test_a_key_in_the_clear_is_a_config_error():
 )
 async def test_other_providers_name_what_to_use(provider, why):
     async with open_session() as session:
-        assert isinstance(open_search("serper", session, api_key=KEY), SerperSearch)
+        assert isinstance(open_search("serper", session, api_key=KEY), SearchClient)
         with pytest.raises(ConfigError, match=f"search.provider: '{provider}': .*{why}.*Use one of: serper"):
             open_search(provider, session, api_key=KEY)
+
+
+async def ask(port, *queries, provider="serper", **settings):
+    settings = {"endpoint": "http://search.test/search", "backoff_s": 1e-3, "api_key": KEY, "retries": 0} | settings
+    async with open_session(hosts={"search.test": ("127.0.0.1", port)}) as session:
+        client = open_search(provider, session, **settings)
+        return [await client.search(query, top_k=5) for query in queries]
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["https://a.example/search", "http://127.0.0.1:8080/", "http://[::1]/", "http://localhost:8888/search"]
+)
+@pytest.mark.parametrize("provider", ["serper", "searxng"])
+async def test_what_stays_on_this_machine_needs_no_https(endpoint, provider):
+    async with open_session() as session:
+        assert open_search(provider, session, api_key=KEY, endpoint=endpoint).identity["endpoint"] == endpoint
+
+
+@pytest.mark.parametrize(
+    "host", ["searxng:8080", "10.0.0.7", "192.168.1.2:8888", "[fd00::1]", "search.internal", "nas.local", "a.home.arpa"]
+)
+async def test_a_key_does_not_cross_the_own_network_in_the_clear_but_a_query_may(host):
+    async with open_session() as session:
+        assert open_search("searxng", session, endpoint=f"http://{host}/search")
+        with pytest.raises(ConfigError, match="search.endpoint: .* would send the key in the clear; use https"):
+            open_search("tavily", session, api_key=KEY, endpoint=f"http://{host}/search")
+
+
+@pytest.mark.parametrize("host", ["searx.example", "8.8.8.8", "evil-internal.example", "x.test.example"])
+async def test_a_public_instance_is_asked_by_https_alone(host):
+    async with open_session() as session:
+        with pytest.raises(ConfigError, match="search.endpoint: .*could change the results; use https"):
+            open_search("searxng", session, endpoint=f"http://{host}/search")
+
+
+@pytest.mark.parametrize("endpoint", ["", "search.example", "ftp://a.test/", "file:///etc", "https://me:pw@a.example/"])
+async def test_an_endpoint_that_is_none(endpoint):
+    async with open_session() as session:
+        with pytest.raises(ConfigError, match="search.endpoint: provider 'searxng' needs an http.s. URL without user"):
+            open_search("searxng", session, endpoint=endpoint)
+
+
+async def test_a_provider_that_is_down_is_not_asked_until_a_probe_succeeds(serve):
+    now_s = 0.0
+    down = http(b"", status="503 S")
+    server = await serve(down, down, down, http(ANSWER))
+    settings = {"breaker": Breaker(2, 10.0, lambda: now_s)}
+    failures = await ask(server.port, "a", "b", "c", "d", **settings)
+    assert [one.kind for one in failures] == [FailureKind.PROVIDER_DOWN] * 4
+    assert [one.status for one in failures] == [503, 503, None, None]
+    assert server.connections == 2
+    now_s = 10.0
+    failed_probe, refused = await ask(server.port, "e", "f", **settings)
+    assert (failed_probe.status, refused.status, server.connections) == (503, None, 3)
+    now_s = 20.0
+    assert await ask(server.port, "g", "h", **settings) == [HITS, HITS]
+
+
+@pytest.mark.parametrize("status", ["400 B", "401 U", "402 P"])
+async def test_a_provider_that_says_no_is_not_down(serve, status):
+    server = await serve(http(b"", status=status))
+    failures = await ask(server.port, *"abcd", breaker=Breaker(1, 10.0))
+    assert server.connections == 4
+    assert len(set(failures)) == 1
+
+
+async def test_each_attempt_is_paid_for_before_it_is_made(serve):
+    budget = Budget(max_usd=0.003, prices={"serper": 0.001})
+    server = await serve(http(b"<html>"), http(ANSWER))  # an answer of status 200 is charged, useful or not
+    found = await ask(server.port, "a", "b", "c", retries=1, budget=budget)
+    assert found[:2] == [HITS, HITS]
+    assert (found[2].kind, server.connections) == (FailureKind.QUOTA_EXHAUSTED, 3)
+    assert (budget.run.calls, budget.run.usd) == (3, 0.003)
+    assert budget.run.bytes == 6 + 2 * len(json.dumps(ANSWER))
+
+
+async def test_a_refusal_of_the_provider_costs_nothing_and_a_silence_may(serve):
+    budget = Budget()
+    assert (await ask((await serve(http(b"", status="500 I"))).port, "a", retries=2, budget=budget))[0].status == 500
+    assert (budget.run.calls, budget.run.usd) == (3, 0.0)
+    assert (await ask((await serve(silent)).port, "a", timeout_s=0.02, budget=budget))[0].kind is FailureKind.TIMEOUT
+    assert (budget.run.calls, budget.run.usd) == (4, 0.001)
+
+
+async def test_a_breaker_that_is_open_spends_nothing(serve):
+    budget, breaker = Budget(), Breaker(1, 10.0)
+    breaker.record("serper", failed=True)
+    await ask((await serve(http(ANSWER))).port, "a", budget=budget, breaker=breaker)
+    assert budget.run.calls == 0
+
+
+async def test_a_service_without_a_price_is_found_before_the_run():
+    wire = {"endpoint": "https://a.example/", "query": "q", "results": "r"}
+    async with open_session() as session:
+        with pytest.raises(ConfigError, match="budget.prices: no price for 'json'"):
+            open_search("json", session, wire=wire, budget=Budget())

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+
+import pytest
+
+from dr_jax.errors import ConfigError, RolloutHalted
+from dr_jax.records import FailureKind
+from dr_jax.web.budget import PAGE, PRICES, Budget, MeteredFetcher, Spent, estimate_usd
+from dr_jax.web.fetch import Fetcher, Limits
+from dr_jax.web.search_wire import PROVIDERS
+
+
+def test_every_provider_has_a_price_with_source_and_date():
+    assert set(PRICES) == {*PROVIDERS, PAGE}
+    for price in PRICES.values():
+        assert price.source
+        assert re.fullmatch(r"20\d\d-\d\d", price.read)
+
+
+def test_a_run_is_priced_before_it_starts():
+    price_usd = Budget().price_usd("serper")
+    assert estimate_usd(price_usd, questions=256, rollouts=16, calls=3, steps=50) == pytest.approx(614.4)
+    assert estimate_usd(0.0, questions=256, rollouts=16, calls=3) == 0.0
+
+
+def test_spending_to_the_last_cent_and_not_one_call_more():
+    budget = Budget(max_usd=0.7, prices={"serper": 0.007})  # 0.007 * 100 is not 0.7 in floats
+    assert [budget.take("serper") for _ in range(100)] == [None] * 100
+    refused = budget.take("serper")
+    assert (refused.kind, refused.infrastructure) == (FailureKind.QUOTA_EXHAUSTED, True)
+    assert "budget.max_usd = 0.7" in refused.detail
+    assert budget.run == Spent(100, 0, 0.7)
+
+
+def test_a_refused_call_counts_for_nothing_and_a_cheaper_one_may_go():
+    budget = Budget(max_usd=0.01)
+    assert budget.take("tavily") is None
+    assert budget.take("tavily") is not None
+    assert budget.take("serper") is None
+    assert budget.run == Spent(2, 0, 0.009)
+
+
+@pytest.mark.parametrize(("limits", "name"), [({"max_calls": 2}, "max_calls"), ({"max_bytes": 20}, "max_bytes")])
+def test_calls_and_bytes_have_limits_too(limits, name):
+    budget = Budget(**limits)
+    for _ in range(2):
+        assert budget.take("searxng") is None
+        budget.add_bytes(10)
+    assert name in budget.take("searxng").detail
+
+
+def test_what_was_not_charged_is_given_back():
+    budget = Budget(max_usd=0.001)
+    for _ in range(3):
+        assert budget.take("serper") is None
+        budget.give_back("serper")
+    assert budget.run == Spent(3, 0, 0.0)
+
+
+def test_a_step_is_counted_apart_and_the_run_goes_on():
+    budget = Budget(spent=Spent(10, 1000, 0.05))
+    budget.begin_step()
+    budget.take("serper")
+    budget.add_bytes(7)
+    assert (budget.run, budget.step) == (Spent(11, 1007, 0.051), Spent(1, 7, 0.001))
+    budget.begin_step()
+    assert budget.step == Spent()
+    assert budget.metrics() == {
+        "budget/run_calls": 11.0, "budget/run_bytes": 1007.0, "budget/run_usd": 0.051,
+        "budget/step_calls": 0.0, "budget/step_bytes": 0.0, "budget/step_usd": 0.0,
+    }  # fmt: skip
+
+
+def test_what_was_spent_before_a_resume_counts():
+    assert Budget(max_usd=1.0, spent=Spent(1000, 0, 1.0)).take("serper") is not None
+
+
+def test_a_run_that_was_refused_a_call_ends_at_its_next_step():
+    budget = Budget(max_calls=1)
+    budget.take("serper")
+    budget.begin_step()  # spent to the limit, but nothing was refused yet
+    budget.take("serper")
+    with pytest.raises(RolloutHalted, match=r"0.00 USD in 1 calls: budget.max_calls = 1 is reached. Raise it"):
+        budget.begin_step()
+
+
+@pytest.mark.parametrize("name", ["max_usd", "max_calls", "max_bytes"])
+@pytest.mark.parametrize("value", [-1, math.nan])
+def test_a_limit_that_is_none(name, value):
+    with pytest.raises(ConfigError, match=f"budget.{name}: {value} is not a limit"):
+        Budget(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_a_price_that_is_none(value):
+    with pytest.raises(ConfigError, match=f"budget.prices: serper costs {value}"):
+        Budget(prices={"serper": value})
+
+
+def test_a_service_without_price():
+    with pytest.raises(ConfigError, match="budget.prices: no price for 'altavista'"):
+        Budget().take("altavista")
+
+
+def page(body: bytes) -> bytes:
+    return f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def fetch(server, budget, *urls, max_bytes=1000, timeout_s=None):
+    hosts = {"site.test": ("127.0.0.1", server.port)}
+    async with Fetcher(hosts=hosts, limits=Limits(max_bytes=max_bytes, retries=0)) as fetcher:
+        metered = MeteredFetcher(fetcher, budget, max_bytes=max_bytes)
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.gather(*(metered.fetch(url) for url in urls))
+
+
+async def test_pages_are_counted_in_bytes(serve):
+    budget = Budget()
+    server = await serve(page(b"x" * 300), b"HTTP/1.1 404 N\r\nContent-Length: 0\r\n\r\n")
+    (response,) = await fetch(server, budget, "http://site.test/")
+    (failure,) = await fetch(server, budget, "http://site.test/")
+    assert (len(response.body), failure.status) == (300, 404)
+    assert budget.run == Spent(2, 300, 0.0)
+
+
+async def test_pages_under_way_cannot_overspend_together(serve):
+    budget = Budget(max_bytes=2500)
+    server = await serve(page(b"x" * 900))
+    answers = await fetch(server, budget, *["http://site.test/"] * 5)
+    assert [getattr(answer, "kind", None) for answer in answers] == [None] * 2 + [FailureKind.QUOTA_EXHAUSTED] * 3
+    assert (server.connections, budget.run.bytes) == (2, 1800)
+
+
+async def test_a_page_given_up_gives_its_reservation_back(serve):
+    async def silent(reader, writer):
+        await reader.read()
+
+    budget = Budget(max_bytes=1000)
+    with pytest.raises(TimeoutError):
+        await fetch(await serve(silent), budget, "http://site.test/", timeout_s=0.05)
+    assert budget.run == Spent(1, 0, 0.0)
