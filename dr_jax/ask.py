@@ -1,7 +1,7 @@
 """Answers one question, showing the research as it happened.
 
     python -m dr_jax.ask --config=configs/quickstart.py --checkpoint=runs/quickstart/export \\
-        --question="What is the birthplace of the director of the film Silent Harbor?"
+        --question="What is the film Silent Harbor's director's birthplace?"
 
 `--checkpoint` is a Hugging Face directory; without it the model that the config starts from answers.
 """

@@ -24,7 +24,7 @@ def test_transcript_puts_each_observation_after_the_turn_that_asked_for_it():
 
 
 def test_one_question_on_the_embedded_web(capsys):
-    question = "What is the birthplace of the director of the film Rusted Tunnel?"
+    question = "What is the film Rusted Tunnel's director's birthplace?"
     assert ask.main(["ask", f"--config={QUICKSTART}", f"--question={question}"]) == 0
     assert "<think>" in capsys.readouterr().out
 

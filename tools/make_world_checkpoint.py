@@ -41,7 +41,6 @@ from dr_jax.world import questions
 from dr_jax.world.demonstrations import CAREFUL, Authors, Habits, turns
 
 _OUT = flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
-_EPISODES = flags.DEFINE_integer("episodes", 16_000, "Demonstrations of one round; each round has its own.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of demonstrations, initial weights and order.")
 
 PRESET = PRESETS["quickstart"]
@@ -53,21 +52,34 @@ CONTROL_TOKENS = (  # Qwen2.5's, in its order
 )  # fmt: skip
 # As Qwen2.5's, but a capital starts a token of its own: a name is spelled alike after a space, a quote or a slash, so
 # that copying one never means translating it.
-WORDS = r" ?\p{Ll}+|\p{Lu}\p{Ll}*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s"
-VOCAB = 1792  # every name of the world is one or two tokens
+WORDS = r"'s\b| ?\p{Ll}+|\p{Lu}\p{Ll}*|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s"
+VOCAB = 2048  # every name of the world is one or two tokens, every year is one
 CONFIG = ModelConfig(
     vocab_size=VOCAB, num_layers=4, d_model=128, d_ff=256, num_heads=4, num_kv_heads=2, head_dim=32,
     rope_theta=10_000.0, rope_scaling=None, rms_eps=1e-6, tie_embeddings=True, max_positions=2048,
 )  # fmt: skip
-BATCH_ROWS, ROW_TOKENS = 8, 1024
+BATCH_ROWS, ROW_TOKENS = 4, 1024
 FILL = 0.88  # of the rows that are meant to be used; packing leaves gaps, and as many rows again catch what is over
-OBSERVATION_WEIGHT = 0.1  # loss on what the policy never has to write: it teaches to copy
-# (optimizer steps, authors) of each round. The first two teach to copy and to follow a chain; the last one sets how
-# careless the checkpoint is: careful enough to be rewarded now and then, and never when it decodes greedily.
-_LEARNING = Authors(careful_share=0.2, others=Habits(guess=0.5, skim=0.85, stop=0.85))
-_FINAL = Authors(careful_share=0.3, others=Habits(guess=0.15, skim=0.9, stop=0.9))
-ROUNDS = ((800, _LEARNING), (800, _LEARNING), (500, _FINAL))
-SCHEDULE = ((0.6, 2e-3), (0.25, 6e-4), (0.15, 2e-4))  # of a round: (share of the steps, learning rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Some optimizer steps on fresh demonstrations; the learning rate falls with each round's end."""
+
+    authors: Authors
+    episodes: int
+    steps: int
+    peak_rate: float  # of SCHEDULE
+    observation_weight: float  # loss on what the policy never has to write: it teaches to copy
+
+
+# The first round teaches to copy and to follow a chain; the last one sets how careless the checkpoint is: careful
+# enough to be rewarded now and then, and rarely when it decodes greedily.
+ROUNDS = (
+    Round(Authors(0.4, Habits(guess=0.1, skim=0.6, stop=0.6)), 8000, 1800, 2e-3, 0.1),
+    Round(Authors(0.4, Habits(guess=0.15, skim=0.85, stop=0.85)), 7000, 1250, 1.5e-3, 0.2),
+)
+SCHEDULE = ((0.6, 1.0), (0.25, 0.3), (0.15, 0.1))  # of a round: (share of the steps, share of the peak rate)
 
 CHAT_TEMPLATE = """\
 {%- set first = messages[0] %}
@@ -108,10 +120,10 @@ def main(_: Sequence[str]) -> None:
         base = pathlib.Path(folder)
         asyncio.run(train_tokenizer(base))
         params = weights.init(CONFIG, jax.random.key(_SEED.value), "float32")
-        for number, (steps, authors) in enumerate(ROUNDS):
-            segments = asyncio.run(collect(base, number, authors))
+        for number, round_ in enumerate(ROUNDS):
+            segments = asyncio.run(collect(base, number, round_))
             print(f"round {number}: {len(segments)} demonstrations, {time.monotonic() - started_s:.0f} s", flush=True)
-            params = pretrain(params, segments, number, steps)
+            params = pretrain(params, segments, number, round_)
         hf.save(params, CONFIG, base_dir=base, out_dir=out, dtype="bfloat16")
 
 
@@ -127,10 +139,11 @@ async def train_tokenizer(base: pathlib.Path) -> None:
         write_base(base, make_tokenizer(host.chat.decode(transcript(e)[0]) for e in sample))
 
 
-async def collect(base: pathlib.Path, number: int, authors: Authors) -> list[Segment]:
+async def collect(base: pathlib.Path, number: int, round_: Round) -> list[Segment]:
     """The transcripts of one round."""
     async with open_host(base) as (run, host):
-        return [segment_of(e) for e in await demonstrate(run, host, _EPISODES.value, number, authors)]
+        records = await demonstrate(run, host, round_.episodes, number, round_.authors)
+    return [segment_of(record, round_.observation_weight) for record in records]
 
 
 @contextlib.asynccontextmanager
@@ -180,23 +193,23 @@ def transcript(record: Episode) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([last.prompt, last.output]), origin
 
 
-def segment_of(record: Episode) -> Segment:
+def segment_of(record: Episode, observation_weight: float) -> Segment:
     """What is trained on of one conversation."""
     token, origin = transcript(record)
-    weight = np.select([origin == Origin.POLICY, origin == Origin.WORLD], [1.0, OBSERVATION_WEIGHT], 0.0)
+    weight = np.select([origin == Origin.POLICY, origin == Origin.WORLD], [1.0, observation_weight], 0.0)
     return Segment(token.astype(np.int32), weight.astype(np.float32), np.zeros(len(token), np.float32), 0.0)
 
 
-def pretrain(params: weights.Params, segments: Sequence[Segment], number: int, steps: int) -> weights.Params:
+def pretrain(params: weights.Params, segments: Sequence[Segment], number: int, round_: Round) -> weights.Params:
     """`params` after round `number`: the schedule's steps of next-token prediction."""
     mesh, rules = letters.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}), letters.DEFAULT_RULES
     source, state = batches(segments, random.Random(f"{_SEED.value}/{number}")), None
     done, started_s = 0, time.monotonic()
-    for share, rate in SCHEDULE:
-        optim = OptimConfig(learning_rate=rate, warmup_steps=50, beta2=0.98, weight_decay=0.01)
+    for share, of_peak in SCHEDULE:
+        optim = OptimConfig(learning_rate=of_peak * round_.peak_rate, warmup_steps=50, beta2=0.98, weight_decay=0.01)
         state = state or init_state(params, CONFIG, optim, mesh, rules)
         step = make_train_step(CONFIG, GrpoConfig(), mesh, rules, optim=optim, micro_rows=BATCH_ROWS, loss="sft")
-        for _ in range(round(share * steps)):
+        for _ in range(round(share * round_.steps)):
             state, metrics = step(state, None, put_batch(next(source), mesh, rules))
             done += 1
             if done % 25 == 0:
@@ -274,8 +287,8 @@ def write_base(base: pathlib.Path, tokenizer) -> None:
     (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     card = MODEL_CARD.format(
         count=weights.count(CONFIG),
-        steps=sum(steps for steps, _ in ROUNDS),
-        episodes=_EPISODES.value * len(ROUNDS),
+        steps=sum(round_.steps for round_ in ROUNDS),
+        episodes=sum(round_.episodes for round_ in ROUNDS),
     )
     (base / "README.md").write_text(card)
 

@@ -47,7 +47,7 @@ def turns(world: World, chain: Chain, habits: Habits, rng: random.Random) -> tup
     """
     if rng.random() < habits.guess:
         return (_answer("I know it", _guess(world, chain, rng)),)
-    written = [_search(f"need the {chain.relations[0]} of {chain.entities[0]}", chain.entities[0])]
+    written = [_search(f"need {chain.entities[0]}'s {chain.relations[0]}", chain.entities[0])]
     for hop, relation in enumerate(chain.relations):
         subject, found = world.entities[chain.entities[hop]], chain.entities[hop + 1]
         if not subject.relations[relation].lead:
@@ -57,7 +57,7 @@ def turns(world: World, chain: Chain, habits: Habits, rng: random.Random) -> tup
         last = hop + 1 == len(chain.relations)
         if last or rng.random() < habits.stop:
             return (*written, _answer(f"the {relation} is {found}", found))
-        written.append(_search(f"the {relation} is {found}, need the {chain.relations[hop + 1]} of {found}", found))
+        written.append(_search(f"the {relation} is {found}, need the {relation}'s {chain.relations[hop + 1]}", found))
     raise AssertionError("a chain has at least one relation")
 
 

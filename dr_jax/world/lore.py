@@ -55,7 +55,7 @@ RELATIONS: Mapping[str, Mapping[str, Relation]] = {
     "city": _relations(
         ("region", "region", True),
         ("mayor", "person", True),
-        ("largest employer", "company", False),
+        ("patron", "company", False),
         ("founding year", "year", False),
     ),
     "company": _relations(
@@ -169,8 +169,8 @@ def _settle(rng: random.Random, people: Facts, cities: Facts, companies: Facts) 
     for facts, mayor in zip(cities.values(), rng.sample(eligible, len(cities)), strict=True):
         facts["region"] = rng.choice(names.REGIONS)
         facts["mayor"] = mayor
-        facts["largest employer"] = rng.choice(list(companies))
-        facts["founding year"] = str(rng.randint(1050, 1650))
+        facts["patron"] = rng.choice(list(companies))
+        facts["founding year"] = str(rng.randint(1820, 1868))
 
 
 def _films(rng: random.Random, people: Facts, cities: Facts, companies: Facts, titles: list[str]) -> Facts:

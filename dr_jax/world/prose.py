@@ -14,33 +14,37 @@ from dr_jax.world.names import words
 # {s} is the subject, the rest are its facts.
 LEADS = {
     "film": "{s} is a film of the year {year} by the director {director}.",
-    "person": "{s} is a {profession} by profession, with birthplace {birthplace}.",
+    "person": "{s} is a person of the profession {profession} with the birthplace {birthplace}.",
     "city": "{s} is a city in the region {region} under the mayor {mayor}.",
-    "company": "{s} is a company of the {industry} industry with headquarters in {headquarters}.",
+    "company": "{s} is a company of the {industry} industry with the headquarters {headquarters}.",
     "award": "{s} is an award of the sponsor {sponsor}, given since the year {year}.",
 }
 
-# {o} is the object.
+# {o} is the object, always after the key word: a model that reads from left to right knows then what it is reading.
 STATEMENTS = {
-    ("film", "composer"): ("The composer of {s} is {o}.", "{o} is the composer of {s}.", "{s} has {o} as composer."),
-    ("film", "studio"): ("The studio of {s} is {o}.", "{o} is the studio of {s}.", "{s} comes from the studio {o}."),
+    ("film", "composer"): (
+        "The composer of {s} is {o}.",
+        "{s} has the composer {o}.",
+        "For {s} the composer was {o}.",
+    ),
+    ("film", "studio"): (
+        "The studio of {s} is {o}.",
+        "{s} comes from the studio {o}.",
+        "Behind {s} stands the studio {o}.",
+    ),
     ("film", "location"): (
         "The location of {s} is {o}.",
-        "{o} is the location of {s}.",
         "{s} was shot on location in {o}.",
+        "For {s} the location was {o}.",
     ),
-    ("person", "spouse"): ("The spouse of {s} is {o}.", "{o} is the spouse of {s}.", "{s} has {o} as spouse."),
-    ("person", "employer"): ("The employer of {s} is {o}.", "{o} is the employer of {s}.", "{s} has {o} as employer."),
-    ("person", "birth year"): ("The birth year of {s} is {o}.", "{o} is the birth year of {s}."),
-    ("city", "largest employer"): ("The largest employer of {s} is {o}.", "{o} is the largest employer of {s}."),
-    ("city", "founding year"): ("The founding year of {s} is {o}.", "{o} is the founding year of {s}."),
-    ("company", "founder"): ("The founder of {s} is {o}.", "{o} is the founder of {s}.", "{s} had {o} as founder."),
-    ("company", "founding year"): ("The founding year of {s} is {o}.", "{o} is the founding year of {s}."),
-    ("award", "first winner"): (
-        "The first winner of {s} is {o}.",
-        "{o} is the first winner of {s}.",
-        "{s} had {o} as first winner.",
-    ),
+    ("person", "spouse"): ("The spouse of {s} is {o}.", "{s} lives with the spouse {o}."),
+    ("person", "employer"): ("The employer of {s} is {o}.", "{s} works for the employer {o}."),
+    ("person", "birth year"): ("The birth year of {s} is {o}.", "{s} has the birth year {o}."),
+    ("city", "patron"): ("The patron of {s} is {o}.", "{s} looks to the patron {o}."),
+    ("city", "founding year"): ("The founding year of {s} is {o}.", "{s} has the founding year {o}."),
+    ("company", "founder"): ("The founder of {s} is {o}.", "{s} had the founder {o}."),
+    ("company", "founding year"): ("The founding year of {s} is {o}.", "{s} has the founding year {o}."),
+    ("award", "first winner"): ("The first winner of {s} is {o}.", "{s} had the first winner {o}."),
 }
 
 _QUALITIES = words("small famous careful cheap warm curious slow bright plain modest peculiar handsome")

@@ -109,8 +109,8 @@ def _asked(world: World, chain: Chain) -> str:
 
 def _text(world: World, chain: Chain) -> str:
     start = world.entities[chain.entities[0]]
-    phrase = "".join(f"the {relation} of " for relation in reversed(chain.relations))
-    return f"{'Who' if _asked(world, chain) == 'person' else 'What'} is {phrase}the {start.kind} {start.name}?"
+    phrase = "".join(f"'s {relation}" for relation in chain.relations)
+    return f"{'Who' if _asked(world, chain) == 'person' else 'What'} is the {start.kind} {start.name}{phrase}?"
 
 
 def _answers(world: World, kind: str, value: str) -> tuple[str, ...]:
