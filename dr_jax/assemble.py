@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
+from yarl import URL
 
 from dr_jax.agent.chat import Chat
 from dr_jax.agent.episode import EpisodeContext
@@ -29,12 +30,13 @@ from dr_jax.model import hf, letters
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.qwen2 import REMAT
 from dr_jax.records import Question, Sampling
-from dr_jax.run_config import RunConfig
+from dr_jax.run_config import RunConfig, Web
 from dr_jax.task import questions as question_files
 from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.http import open_session
 from dr_jax.web.search import find_provider, open_search
+from dr_jax.web.search_wire import PROVIDERS
 from dr_jax.world import lore, site
 from dr_jax.world import questions as world_questions
 
@@ -103,8 +105,13 @@ async def host(run: RunConfig, workdir: pathlib.Path) -> AsyncIterator[Host]:
             provider, settings = WORLD_PROVIDER, {"endpoint": f"http://{site.SEARCH_HOST}/search"}
             if web.cache_mode != "replay":
                 hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
+        elif web.endpoint:
+            settings = {"endpoint": web.endpoint}
         cache = await stack.enter_async_context(Cache(workdir / "web.sqlite", web.cache_mode, web.cache_ttl_s))
-        session = await stack.enter_async_context(open_session(hosts=hosts, contact=web.contact))
+        # An engine of the user's own may be at a private address; only this session may go there, never the fetcher.
+        session = await stack.enter_async_context(
+            open_session(hosts={**hosts, **_own_engine(web)}, contact=web.contact)
+        )
         searcher = open_search(
             provider, session, api_key=_api_key(web), max_concurrent=web.max_concurrent_searches, **settings
         )
@@ -235,9 +242,25 @@ def _questions(source: str, count: int) -> tuple[Question, ...]:
     return question_files.load(source)
 
 
-def _api_key(web: Any) -> str:
+def _own_engine(web: Web) -> dict[str, tuple[str, int]]:
+    """The endpoint's name and the (ip, port) to dial for it, where the run names one."""
+    if not web.endpoint_address:
+        return {}
+    address, _, port = web.endpoint_address.rpartition(":")
+    name = URL(web.endpoint).host
+    if not name or not port.isdecimal():
+        raise ConfigError(
+            f"config.web.endpoint_address: got {web.endpoint_address!r} for endpoint {web.endpoint!r}; need 'ip:port' "
+            "beside an endpoint such as 'http://searx.internal/search'"
+        )
+    return {name: (address.strip("[]"), int(port))}
+
+
+def _api_key(web: Web) -> str:
     if web.provider == WORLD:
         return "embedded"  # the embedded engine takes any
+    if web.provider in PROVIDERS and not PROVIDERS[web.provider].key_variable:
+        return ""
     key = os.environ.get(web.key_variable, "")
     if not key and web.cache_mode != "replay":
         raise ConfigError(

@@ -26,7 +26,9 @@ class Questions:
 @dataclasses.dataclass(frozen=True)
 class Web:
     provider: str  # 'world' = the embedded web on loopback; otherwise a search provider such as 'serper'
-    key_variable: str  # name of the environment variable that holds the provider's key
+    key_variable: str  # name of the environment variable that holds the provider's key; unused where it needs none
+    endpoint: str  # where the provider is asked, for one of your own such as 'searxng'; '' = the provider's public one
+    endpoint_address: str  # 'ip:port' to dial for it where it is a private address; '' = as its name resolves
     max_concurrent_searches: int
     cache_mode: str  # live | record | replay
     cache_ttl_s: float

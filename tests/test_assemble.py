@@ -8,6 +8,8 @@ import pathlib
 
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from dr_jax import assemble
 from dr_jax.agent import episode
@@ -59,6 +61,33 @@ async def test_production_clients_research_the_embedded_web_and_replay_it_withou
         unseen = await host.browser.browse("http://lore.test/never_asked_for")
     assert [[u.observation for u in e.tool_uses] for e in again] == [[u.observation for u in e.tool_uses] for e in live]
     assert unseen == Failure(FailureKind.NOT_RECORDED, unseen.detail)
+
+
+async def test_a_search_engine_of_ones_own_is_asked_at_its_private_address_and_needs_no_key(run, tmp_path):
+    async def answer(request: web.Request) -> web.Response:
+        result = {"url": "http://kite.example/", "title": request.query["q"], "content": "A film."}
+        return web.json_response({"query": request.query["q"], "results": [result]})
+
+    site = web.Application()
+    site.router.add_get("/search", answer)
+    async with TestServer(site) as server:
+        own = changed(
+            run, "web", provider="searxng", endpoint="http://searx.test/search",
+            endpoint_address=f"127.0.0.1:{server.port}", key_variable="",
+        )  # fmt: skip
+        async with assemble.host(own, tmp_path) as host:
+            hits = await host.searcher.search("Kite", top_k=3)
+            page = await host.browser.browse(f"http://searx.test:{server.port}/search?q=Kite")
+    assert [(hit.title, hit.snippet) for hit in hits] == [("Kite", "A film.")]
+    assert isinstance(page, Failure)  # what the search client may reach, a model's URL may not
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:http", ":"])
+async def test_an_address_that_cannot_be_dialled_is_named(run, tmp_path, address):
+    own = changed(run, "web", provider="searxng", endpoint="http://searx.test/search", endpoint_address=address)
+    with pytest.raises(ConfigError, match=r"endpoint_address|hosts"):
+        async with assemble.host(own, tmp_path):
+            pass
 
 
 def test_heldout_questions_share_nothing_with_training(run):
