@@ -17,6 +17,7 @@ setup(
         "orbax-checkpoint>=0.11.20",
         "transformers>=4.56,<6",
         "aiohttp>=3.12",
+        "protego>=0.7",  # robots.txt
         "yarl>=1.17",  # the URLs aiohttp speaks
         "selectolax>=0.4,<2",  # lexbor only: 1.0 removed Modest
         "tensorstore>=0.1.70",

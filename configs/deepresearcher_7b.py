@@ -31,6 +31,9 @@ def get_config() -> ConfigDict:
     config.web.cache_mode = "live"
     config.web.cache_ttl_s = 7 * 24 * 3600.0  # the reference's 7 days
     config.web.contact = ""  # yours: site owners must be able to reach whoever fetches
+    config.web.robots = True
+    config.web.min_delay_s = 1.0  # what many a robots.txt asks for
+    config.web.blocked_domains = ("huggingface.co", "kaggle.com")  # print benchmark questions with their answers
     config.web.reader = "extractive"  # the reference pays a language model to read
     config.web.segment_chars = 4000  # about 1,000 tokens
 

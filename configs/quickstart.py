@@ -28,6 +28,9 @@ def get_config() -> ConfigDict:
     config.web.cache_mode = "record"
     config.web.cache_ttl_s = 7 * 24 * 3600.0  # the reference's 7 days
     config.web.contact = "https://example.com/contact"
+    config.web.robots = True
+    config.web.min_delay_s = 1.0  # other people's sites; the embedded one is our own, and exempt
+    config.web.blocked_domains = ()
     config.web.reader = "extractive"
     config.web.segment_chars = 2000  # embedded pages are a few thousand characters long
 

@@ -34,7 +34,9 @@ from dr_jax.run_config import RunConfig, Web
 from dr_jax.task import questions as question_files
 from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher
 from dr_jax.web.fetch import Fetcher, Limits
+from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import open_session
+from dr_jax.web.politeness import Manners
 from dr_jax.web.search import find_provider, open_search
 from dr_jax.web.search_wire import PROVIDERS
 from dr_jax.world import lore, site
@@ -117,7 +119,11 @@ async def host(run: RunConfig, workdir: pathlib.Path) -> AsyncIterator[Host]:
         )
         # The one site of the embedded web is ours: politeness limits are for other people's.
         limits = Limits(max_per_site=Limits.max_concurrent) if web.provider == WORLD else Limits()
-        fetcher = await stack.enter_async_context(Fetcher(hosts=hosts, limits=limits, contact=web.contact))
+        policy = AddressPolicy(blocked_domains=frozenset(web.blocked_domains))
+        manners = Manners(robots=web.robots, min_delay_s=web.min_delay_s)
+        fetcher = await stack.enter_async_context(
+            Fetcher(policy, hosts, limits=limits, manners=manners, contact=web.contact)
+        )
         yield Host(
             chat=Chat.load(model_path(run)),
             preset=preset(run),

@@ -68,6 +68,9 @@ class FailureKind(enum.StrEnum):
     BAD_REQUEST = "bad_request"
     BAD_URL = "bad_url"
     BLOCKED = "blocked"
+    BLOCKLISTED = "blocklisted"  # a domain that this run does without
+    ROBOTS = "robots"  # the site's robots.txt says no
+    NO_SUCH_HOST = "no_such_host"  # the resolver answered: there is no such name (one that failed is `DNS`)
     NOT_IN_RESULTS = "not_in_results"
     TLS = "tls"
     REDIRECTS = "redirects"
@@ -212,3 +215,4 @@ class Page:
     title: str
     segments: tuple[str, ...]
     links: tuple[tuple[str, str], ...] = ()  # (text, absolute URL)
+    headings: tuple[str, ...] = ()  # of each segment, those over it: "Ada > Films > Early"; empty where unknown

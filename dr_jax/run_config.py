@@ -33,6 +33,9 @@ class Web:
     cache_mode: str  # live | record | replay
     cache_ttl_s: float
     contact: str  # e-mail or URL a web master can reach you at; sent in the user agent
+    robots: bool  # obey robots.txt
+    min_delay_s: float  # between the starts of two requests to one site
+    blocked_domains: tuple[str, ...]  # never read, nor anything below them; e.g. sites that print a benchmark
     reader: str  # 'extractive' = no model
     segment_chars: int  # a page is read in segments of at most this many characters
 
@@ -149,7 +152,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed", "agent.temperature", "agent.top_k", "rollout.max_infra_fraction", "grpo.clip_low", "grpo.clip_high",
     "grpo.kl_coef", "grpo.entropy_coef", "optim.warmup_steps", "optim.weight_decay", "eval.every_steps",
-    "questions.world_count",
+    "questions.world_count", "web.min_delay_s",
 )  # fmt: skip
 _CHOICES = {
     "web.cache_mode": ("live", "record", "replay"),
@@ -240,6 +243,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: got {value!r}, need a section with its own fields")
         return _build(typing.cast(type, hint), dict(value), path)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{path}: got {value!r}, need a tuple of strings; ('a',) for one, () for none")
+        return tuple(value)
     if typing.get_origin(hint) is not None:  # mesh and sharding: the model room checks their letters and axes
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: got {value!r}, need a table")

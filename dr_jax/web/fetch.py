@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import time
-import weakref
 from collections.abc import AsyncIterator
 from typing import Self
 
@@ -15,14 +15,33 @@ from yarl import URL
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
-from dr_jax.web.guard import AddressPolicy, Hosts, Lookup, admit, check_hosts, system_lookup
+from dr_jax.web.breaker import Breaker
+from dr_jax.web.guard import AddressPolicy, Hosts, Lookup, admit, check_hosts, site_name, system_lookup
 from dr_jax.web.http import Timeouts, failure_of, open_session, read_body, retry, retry_after_s
 from dr_jax.web.page import Response
+from dr_jax.web.politeness import Gate, Manners
+from dr_jax.web.robots import MAX_BYTES, Robots
 from dr_jax.web.text import MAX_URL_CHARS, clean_line
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_TYPES = frozenset({"", "text/html", "application/xhtml+xml", "text/plain"})  # "": extraction looks at the bytes
-_ACCEPT = "text/html, application/xhtml+xml, text/plain;q=0.8"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Want:
+    """What is asked for, and what is taken for it."""
+
+    accept: str
+    types: frozenset[str] | None = None  # None: any
+    max_bytes: int | None = None  # None: that of the limits
+    cut: bool = False  # a longer body is cut, not refused
+
+
+_PAGE = _Want(
+    "text/html, application/xhtml+xml, application/pdf;q=0.9, text/plain;q=0.8",
+    # "": extraction looks at the bytes
+    frozenset({"", "text/html", "application/xhtml+xml", "text/plain", "application/pdf"}),
+)
+_ROBOTS = _Want("text/plain, */*;q=0.1", max_bytes=MAX_BYTES, cut=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +52,19 @@ class Limits:
     max_redirects: int = 5
     max_concurrent: int = 512
     max_per_site: int = 4
-    retries: int = 2  # of refused or broken connections and 5xx answers
+    max_wait_s: float = 60.0  # for a turn, or because a site says `Retry-After`
+    retries: int = 2  # of broken connections, half bodies, 5xx answers, and 429 with `Retry-After`
     backoff_s: float = 0.5  # before the first retry; doubles
+    break_after: int = 5  # failures of one host in a row: it is left alone ...
+    break_s: float = 300.0  # ... for so long
     timeouts: Timeouts = Timeouts()
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_concurrent", "max_per_site"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"limits.{name}: {getattr(self, name)} is less than 1")
+        if not self.max_wait_s > 0:
+            raise ConfigError(f"limits.max_wait_s: {self.max_wait_s} is not a positive number of seconds")
 
 
 class _Clock:
@@ -63,7 +87,7 @@ class Fetcher:
     """Fetches pages. `fetch` never raises, whatever the URL, the server or the network does; cancellation passes.
 
     `hosts` maps a name to the (ip, port) that is dialled for it, whatever port its URL says; those endpoints, reached
-    by those names, are exempt from the address policy."""
+    by those names, are exempt from the address policy and, as one's own, from `manners`."""
 
     def __init__(
         self,
@@ -71,13 +95,20 @@ class Fetcher:
         hosts: Hosts | None = None,
         *,
         limits: Limits | None = None,
+        manners: Manners | None = None,
         contact: str = "",
         lookup: Lookup = system_lookup,
     ):
         self._policy, self._hosts = policy or AddressPolicy(), check_hosts(hosts or {})
-        self._limits, self._contact, self._lookup = limits or Limits(), contact, lookup
-        self._slots = asyncio.Semaphore(self._limits.max_concurrent)
-        self._sites: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
+        self._limits, self._manners = limits or Limits(), manners or Manners()
+        self._contact, self._lookup = contact, lookup
+        self._gate = Gate(
+            max_concurrent=self._limits.max_concurrent,
+            max_per_site=self._limits.max_per_site,
+            max_wait_s=self._limits.max_wait_s,
+        )
+        self._breaker = Breaker(self._limits.break_after, self._limits.break_s)
+        self._robots = Robots()
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -90,43 +121,75 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str) -> Response | Failure:
-        """The answer at `url` after redirects, if it is text."""
-        clock = _Clock(self._limits.timeouts.total_s)
-        return await retry(
-            lambda: self._follow(url, clock),
-            retryable=lambda failure: failure.kind is FailureKind.CONNECTION or (failure.status or 0) >= 500,
-            retries=self._limits.retries,
-            backoff_s=self._limits.backoff_s,
-            max_wait_s=self._limits.timeouts.total_s,
-        )
+        """The answer at `url` after redirects, if it is text or PDF."""
+        return await self._follow(url, _PAGE, _Clock(self._limits.timeouts.total_s))
 
-    async def _follow(self, url: str, clock: _Clock) -> Response | Failure:
+    async def _follow(self, url: str | URL, want: _Want, clock: _Clock) -> Response | Failure:
         step: str | URL | Response | Failure = url
         for _ in range(self._limits.max_redirects + 1):
             target = admit(step, self._policy, self._hosts)
             if isinstance(target, Failure):
                 return target
-            step = await self._ask(target, clock)
+            delay_s = await self._delay_s(target, want, clock)
+            if isinstance(delay_s, Failure):
+                return delay_s
+            step = await retry(
+                functools.partial(self._ask, target, want, clock, delay_s),
+                retryable=_retryable,
+                retries=self._limits.retries,
+                backoff_s=self._limits.backoff_s,
+                max_wait_s=self._limits.max_wait_s,
+            )
             if not isinstance(step, URL):
                 return step
         return Failure(FailureKind.REDIRECTS, f"more than {self._limits.max_redirects}")
 
-    async def _ask(self, url: URL, clock: _Clock) -> Response | URL | Failure:
-        """The answer of one server; a URL where it redirects."""
-        site = url.raw_host or ""
-        turns = self._sites.setdefault(site, asyncio.Semaphore(self._limits.max_per_site))
+    async def _delay_s(self, url: URL, want: _Want, clock: _Clock) -> float | Failure:
+        """Seconds between two starts at this site, or why `url` must not be asked for at all."""
+        manners = self._manners
+        if not manners.toward_hosts and site_name(url.raw_host) in self._hosts:
+            return 0.0
+        if want is _ROBOTS or not manners.robots:
+            return manners.min_delay_s
+        delay_s = await self._robots.check(url, functools.partial(self._robots_txt, clock))
+        if isinstance(delay_s, Failure):
+            return delay_s
+        return max(manners.min_delay_s, min(delay_s, manners.max_crawl_delay_s))
+
+    async def _robots_txt(self, clock: _Clock, url: URL) -> bytes | Failure:
+        answer = await self._follow(url, _ROBOTS, clock)
+        return answer if isinstance(answer, Failure) else answer.body
+
+    async def _ask(self, url: URL, want: _Want, clock: _Clock, delay_s: float) -> Response | URL | Failure:
+        """The answer of one server, when it is our turn there; a URL where it redirects."""
+        site = site_name(url.raw_host)
+        return await self._gate.turn(site, lambda: self._ask_now(site, url, want, clock), delay_s=delay_s)
+
+    async def _ask_now(self, site: str, url: URL, want: _Want, clock: _Clock) -> Response | URL | Failure:
+        if refusal := self._breaker.admit(site):
+            return refusal
+        answer = await self._exchange(url, want, clock)
+        failure = answer if isinstance(answer, Failure) else None
+        if failure and failure.retry_after_s is not None:
+            self._gate.hold(site, failure.retry_after_s)
+        # A site that limits our rate is alive.
+        broken = failure and failure.infrastructure and failure.kind is not FailureKind.RATE_LIMITED
+        self._breaker.record(site, failed=bool(broken))
+        return answer
+
+    async def _exchange(self, url: URL, want: _Want, clock: _Clock) -> Response | URL | Failure:
         try:
-            async with turns, self._slots, clock.running():
+            async with clock.running():
                 async with asyncio.timeout(self._limits.timeouts.response_s):
-                    response = await self._session.get(url, allow_redirects=False, headers={"Accept": _ACCEPT})
+                    response = await self._session.get(url, allow_redirects=False, headers={"Accept": want.accept})
                 async with response:
-                    return await self._read(url, response)
+                    return await self._read(url, want, response)
         # The border: hostile input made aiohttp and yarl raise IndexError, AssertionError, LookupError and more, and
         # one page must never end a rollout.
         except Exception as error:  # noqa: BLE001
             return failure_of(error)
 
-    async def _read(self, url: URL, response: aiohttp.ClientResponse) -> Response | URL | Failure:
+    async def _read(self, url: URL, want: _Want, response: aiohttp.ClientResponse) -> Response | URL | Failure:
         status = response.status
         if status in _REDIRECTS:
             return _redirect(url, response.headers.get("Location", ""))
@@ -136,12 +199,20 @@ class Fetcher:
             return Failure(FailureKind.STATUS, f"HTTP {status}", status, retry_after_s(response.headers))
         # Header bytes above 0x7f arrive as lone surrogates.
         content_type = response.headers.get("Content-Type", "").encode("ascii", "replace").decode()
-        if content_type.partition(";")[0].strip().lower() not in _TYPES:
+        if want.types is not None and content_type.partition(";")[0].strip().lower() not in want.types:
             return Failure(FailureKind.UNSUPPORTED_TYPE, clean_line(content_type, 80), status)
-        body = await read_body(response, self._limits.max_bytes)
+        body = await read_body(response, want.max_bytes or self._limits.max_bytes, cut=want.cut)
         if isinstance(body, Failure):
             return body
         return Response(str(url.with_fragment(None)), content_type, body)
+
+
+def _retryable(failure: Failure) -> bool:
+    if failure.status == 429:
+        return failure.retry_after_s is not None
+    # A connection that breaks in the body ends it too early: aiohttp does not tell the two apart.
+    broken = failure.kind in (FailureKind.CONNECTION, FailureKind.TRUNCATED)
+    return broken or (failure.status or 0) >= 500
 
 
 def _redirect(url: URL, location: str) -> URL | Failure:

@@ -59,6 +59,15 @@ class AddressPolicy:
 
     denied: tuple[Network, ...] = DENIED
     ports: frozenset[int] = frozenset({80, 443})
+    blocked_domains: frozenset[str] = frozenset()  # with everything under them; e.g. sites that print a benchmark
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocked_domains", frozenset(map(_domain, self.blocked_domains)))
+
+    def blocked_domain(self, host: str) -> str | None:
+        """The domain in `blocked_domains` that `host` is or lies under, or None."""
+        labels = site_name(host).split(".")
+        return next((d for i in range(len(labels)) if (d := ".".join(labels[i:])) in self.blocked_domains), None)
 
     def denial(self, address: str) -> str | None:
         """Why `address` must not be dialled, or None."""
@@ -89,20 +98,35 @@ def admit(url: str | URL, policy: AddressPolicy, hosts: Hosts) -> URL | Failure:
         return Failure(FailureKind.BAD_URL, "user names and passwords are never sent")
     if port not in policy.ports:
         return Failure(FailureKind.BLOCKED, f"port {port}")
-    if _name(host) in hosts:
+    if domain := policy.blocked_domain(host):
+        return Failure(FailureKind.BLOCKLISTED, domain)
+    if site_name(host) in hosts:
         return parsed
     return _refused_host(host, policy) or parsed
 
 
-def _name(host: str) -> str:
-    return host.lower().removesuffix(".")
+def _domain(entry: str) -> str:
+    """`entry` of a blocklist as URLs spell it."""
+    name = entry.strip().rstrip(".")
+    try:
+        host = URL(f"http://{name}").raw_host or ""
+    except ValueError:
+        host = ""
+    if not re.fullmatch(r"[^\s/:@?#*]+", name) or not host:
+        raise ConfigError(f"policy.blocked_domains: {entry!r} is no domain; give a name such as 'example.org'")
+    return site_name(host)
+
+
+def site_name(host: str | None) -> str:
+    """`host` as it is compared: lower case, without the last dot."""
+    return (host or "").lower().removesuffix(".")
 
 
 def _refused_host(host: str, policy: AddressPolicy) -> Failure | None:
     if ":" in host or host.replace(".", "").isdigit():
         denial = policy.denial(host)
         return Failure(FailureKind.BLOCKED, f"address {denial}") if denial else None
-    name = _name(host)
+    name = site_name(host)
     if _DENIED_NAMES.search(name) or "." not in name:
         return Failure(FailureKind.BLOCKED, "a local name")
     return None if _NAME.fullmatch(name) else Failure(FailureKind.BAD_URL, "not a host name")
@@ -117,11 +141,11 @@ def check_hosts(hosts: Hosts) -> dict[str, tuple[str, int]]:
             raise ConfigError(f"hosts[{name!r}]: {address!r} is not an IP address; give (ip, port)") from error
         if not 0 < port < 65536:
             raise ConfigError(f"hosts[{name!r}]: port {port} is not in 1..65535")
-    return {_name(name): endpoint for name, endpoint in hosts.items()}
+    return {site_name(name): endpoint for name, endpoint in hosts.items()}
 
 
 def system_lookup(host: str) -> list[str]:
-    """Every address the system's resolver knows for `host`."""
+    """Every address the system's resolver knows for `host`; `socket.gaierror` where it knows none."""
     infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
     return [str(info[4][0]) for info in infos]
 
@@ -138,7 +162,7 @@ class GuardedResolver(aiohttp.abc.AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[aiohttp.abc.ResolveResult]:
-        if endpoint := self._hosts.get(_name(host)):
+        if endpoint := self._hosts.get(site_name(host)):
             return [_record(host, *endpoint)]
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -149,7 +173,7 @@ class GuardedResolver(aiohttp.abc.AbstractResolver):
             if denial := self._policy.denial(address):
                 raise BlockedAddress(f"{host} resolves to an address {denial}")
         if not addresses:
-            raise OSError(f"{host} has no address")
+            raise socket.gaierror(socket.EAI_NONAME, "no address")
         return [_record(host, address, port) for address in dict.fromkeys(addresses)]
 
     async def close(self) -> None:

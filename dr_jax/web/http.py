@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import email.utils
 import random
+import socket
 import ssl
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
@@ -88,8 +89,9 @@ class _Inflater:
         return self._inflate is None or self._inflate.eof
 
 
-async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | Failure:
-    """The decoded body, or TOO_LARGE as soon as it passes `max_bytes`, on the wire or decoded."""
+async def read_body(response: aiohttp.ClientResponse, max_bytes: int, *, cut: bool = False) -> bytes | Failure:
+    """The decoded body; as soon as it passes `max_bytes`, on the wire or decoded, TOO_LARGE or, with `cut`, what came
+    until there."""
     encoding = ", ".join(response.headers.getall("Content-Encoding", ())).strip().lower().removeprefix("x-")
     if encoding not in ("", "identity", "gzip", "deflate"):
         return Failure(FailureKind.UNSUPPORTED_ENCODING, "only one of gzip and deflate")
@@ -102,11 +104,16 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes |
         except zlib.error:
             return Failure(FailureKind.PROTOCOL_ERROR, f"corrupt {encoding}")
         if max(wire_bytes, len(body)) > max_bytes:
+            if cut:
+                return bytes(body[:max_bytes])
             return Failure(FailureKind.TOO_LARGE, f"more than {max_bytes} bytes")
     if inflater and not inflater.complete:
         return Failure(FailureKind.TRUNCATED, f"{encoding} ends too early")
     return bytes(body)
 
+
+# What a resolver says when it has looked and there is nothing; the rest (EAI_AGAIN, EAI_FAIL) is its own failure.
+_NO_SUCH_HOST = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 
 # In order: the first row whose type fits decides. Everything else is PROTOCOL_ERROR.
 _KINDS: tuple[tuple[type[BaseException], FailureKind], ...] = (
@@ -132,6 +139,8 @@ def failure_of(error: Exception) -> Failure:
         cause = error.os_error
     elif isinstance(error, aiohttp.ClientPayloadError) and error.__cause__ is not None:
         cause = error.__cause__
+    elif isinstance(error, aiohttp.ClientConnectorDNSError) and error.os_error.errno in _NO_SUCH_HOST:
+        return Failure(FailureKind.NO_SUCH_HOST)
     kind = next((kind for kinds, kind in _KINDS if isinstance(cause, kinds)), FailureKind.PROTOCOL_ERROR)
     return Failure(kind, type(cause).__name__)
 

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import os
 import shutil
+import socket
 import ssl
 import subprocess
 import zlib
@@ -19,40 +20,16 @@ from dr_jax.web.fetch import Fetcher, Limits, _redirect
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import Timeouts
 from dr_jax.web.page import Response
+from dr_jax.web.politeness import Manners
+from tests.web.fault_server import http, silent, then_reset
 
-QUICK = Limits(max_bytes=100_000, backoff_s=1e-3, timeouts=Timeouts(response_s=0.5, idle_s=0.5, total_s=1.0))
-
-
-def http(body: bytes = b"", *headers: str, status: str = "200 OK", type: str | None = "text/html") -> bytes:
-    lines = [f"HTTP/1.1 {status}", *headers]
-    if type is not None:
-        lines.append(f"Content-Type: {type}")
-    if not any(h.lower().startswith(("content-length", "transfer-encoding")) for h in headers):
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
-
-
-def forever(piece: bytes, head: bytes, *, pause_s: float = 0.0):
-    async def answer(reader, writer):
-        writer.write(head)
-        while True:
-            writer.write(piece)
-            await writer.drain()
-            await asyncio.sleep(pause_s)
-
-    return answer
-
-
-async def reset(reader, writer):
-    writer.transport.abort()
-
-
-async def silent(reader, writer):
-    await reader.read()
+QUICK = Limits(
+    max_bytes=100_000, max_wait_s=1.0, backoff_s=1e-3, timeouts=Timeouts(response_s=0.5, idle_s=0.5, total_s=1.0)
+)
 
 
 def refuse(host: str) -> list[str]:
-    raise OSError(-2, "Name or service not known")
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
 def to(server, **options) -> Fetcher:
@@ -109,67 +86,6 @@ async def test_the_byte_cap_is_exact(serve, size):
             assert answer.kind is FailureKind.TOO_LARGE
 
 
-BOMB = gzip.compress(bytes(64 << 20), 9)
-
-FAULTS = {
-    "gzip bomb": (http(BOMB, "Content-Encoding: gzip"), FailureKind.TOO_LARGE),
-    "endless": (forever(b"x" * 9000, b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n"), FailureKind.TOO_LARGE),
-    "endless chunks": (
-        forever(b"3e8\r\n" + b"x" * 1000 + b"\r\n", http(b"", "Transfer-Encoding: chunked")),
-        FailureKind.TOO_LARGE,
-    ),
-    "drip": (forever(b"x", http(b"", "Content-Length: 9000"), pause_s=0.04), FailureKind.TIMEOUT),
-    "header drip": (forever(b"x", b"HTTP/1.1 200 OK\r\nX: ", pause_s=0.04), FailureKind.TIMEOUT),
-    "early hints for ever": (forever(b"HTTP/1.1 103 Early Hints\r\n\r\n", b"", pause_s=0.01), FailureKind.TIMEOUT),
-    "silent": (silent, FailureKind.TIMEOUT),
-    "stacked encodings": (http(BOMB, "Content-Encoding: gzip, gzip"), FailureKind.UNSUPPORTED_ENCODING),
-    "stacked headers": (
-        http(BOMB, "Content-Encoding: gzip", "Content-Encoding: gzip"),
-        FailureKind.UNSUPPORTED_ENCODING,
-    ),
-    "brotli": (http(b"x", "Content-Encoding: br"), FailureKind.UNSUPPORTED_ENCODING),
-    "zstd": (http(b"x", "Content-Encoding: zstd"), FailureKind.UNSUPPORTED_ENCODING),
-    "unknown encoding": (http(b"x", "Content-Encoding: rot13"), FailureKind.UNSUPPORTED_ENCODING),
-    "corrupt gzip": (http(b"\x1f\x8b" + b"x" * 100, "Content-Encoding: gzip"), FailureKind.PROTOCOL_ERROR),
-    "truncated gzip": (http(gzip.compress(os.urandom(999))[:500], "Content-Encoding: gzip"), FailureKind.TRUNCATED),
-    "body too short": (http(b"short", "Content-Length: 100"), FailureKind.TRUNCATED),
-    "negative length": (http(b"x", "Content-Length: -5"), FailureKind.PROTOCOL_ERROR),
-    "two lengths": (http(b"x", "Content-Length: 1", "Content-Length: 2"), FailureKind.PROTOCOL_ERROR),
-    "length and chunked": (
-        http(b"0\r\n\r\n", "Content-Length: 5", "Transfer-Encoding: chunked"),
-        FailureKind.PROTOCOL_ERROR,
-    ),
-    "length overflow": (http(b"x", f"Content-Length: {10**30}"), FailureKind.PROTOCOL_ERROR),
-    "bad chunk size": (http(b"zz\r\nabc\r\n", "Transfer-Encoding: chunked"), FailureKind.PROTOCOL_ERROR),
-    "no last chunk": (http(b"3\r\nabc\r\n", "Transfer-Encoding: chunked"), FailureKind.PROTOCOL_ERROR),
-    "long header": (http(b"x", "X: " + "y" * 100_000), FailureKind.PROTOCOL_ERROR),
-    "many headers": (http(b"x", *(f"X-{i}: y" for i in range(10_000))), FailureKind.PROTOCOL_ERROR),
-    "garbage": (b"\x00\x01\x02 not http\r\n\r\n", FailureKind.PROTOCOL_ERROR),
-    "reset": (reset, FailureKind.CONNECTION),
-    "image": (http(b"x", type="image/png"), FailureKind.UNSUPPORTED_TYPE),
-    "pdf": (http(b"%PDF-1.7", type="application/pdf"), FailureKind.UNSUPPORTED_TYPE),
-    "type with bytes past ascii": (http(b"x", type="text/\xff\xfe"), FailureKind.UNSUPPORTED_TYPE),
-    "redirect without target": (http(status="302 Found"), FailureKind.REDIRECTS),
-    "redirect to a long target": (http(b"", "Location: /" + "a" * 3000, status="302 Found"), FailureKind.REDIRECTS),
-    "redirect to itself": (http(b"", "Location: /", status="302 Found"), FailureKind.REDIRECTS),
-    "redirect to a file": (http(b"", "Location: file:///etc/passwd", status="301 Moved"), FailureKind.BAD_URL),
-    "redirect to a bad URL": (http(b"", "Location: http://[", status="301 Moved"), FailureKind.REDIRECTS),
-    "rate limited": (http(b"", "Retry-After: 7", status="429 Slow Down"), FailureKind.RATE_LIMITED),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-async def test_fault_is_a_typed_failure_and_the_next_page_is_fine(serve, fault):
-    answer, kind = FAULTS[fault]
-    bad, good = await serve(answer), await serve(http(b"fine"))
-    hosts = {"bad.test": ("127.0.0.1", bad.port), "good.test": ("127.0.0.1", good.port)}
-    async with Fetcher(hosts=hosts, limits=QUICK, lookup=refuse) as fetcher:
-        failure, page = await asyncio.gather(fetcher.fetch("http://bad.test/"), fetcher.fetch("http://good.test/"))
-    assert isinstance(failure, Failure), failure
-    assert failure.kind is kind
-    assert page.body == b"fine"
-
-
 async def test_rate_limit_says_for_how_long(serve):
     server = await serve(http(b"", "Retry-After: 7", status="429 Slow Down"))
     failure = await fetch(server)
@@ -187,7 +103,7 @@ async def test_an_honest_no_is_asked_once(serve, status):
 
 async def test_5xx_and_broken_connections_are_retried_twice(serve):
     busy = http(b"", status="500 Oops")
-    assert (await fetch(await serve(busy, reset, http(b"ok")))).body == b"ok"
+    assert (await fetch(await serve(busy, then_reset(b""), http(b"ok")))).body == b"ok"
     server = await serve(busy)
     assert (await fetch(server)).status == 500
     assert server.connections == 3
@@ -232,10 +148,34 @@ async def test_a_redirect_to_a_denied_address_reaches_nobody(serve, target):
     assert (server.connections, canary.connections) == (1, 0)
 
 
-async def test_a_name_without_address_is_a_dns_failure():
-    async with Fetcher(limits=QUICK, lookup=refuse) as fetcher:
+@pytest.mark.parametrize(
+    ("number", "kind", "infrastructure"),
+    [
+        (socket.EAI_NONAME, FailureKind.NO_SUCH_HOST, False),
+        (socket.EAI_NODATA, FailureKind.NO_SUCH_HOST, False),
+        (socket.EAI_AGAIN, FailureKind.DNS, True),
+        (socket.EAI_FAIL, FailureKind.DNS, True),
+    ],
+)
+async def test_a_name_that_is_not_there_is_an_answer_and_a_resolver_that_fails_is_not(number, kind, infrastructure):
+    def lookup(host):
+        raise socket.gaierror(number, "as the C library says it")
+
+    async with Fetcher(limits=QUICK, manners=Manners(robots=False), lookup=lookup) as fetcher:
         failure = await fetcher.fetch("http://nowhere.example.com/")
-    assert failure.kind is FailureKind.DNS
+    assert (failure.kind, failure.infrastructure) == (kind, infrastructure)
+
+
+async def test_a_name_without_records_is_not_there():
+    async with Fetcher(limits=QUICK, lookup=lambda host: []) as fetcher:
+        failure = await fetcher.fetch("http://nowhere.example.com/")
+    assert failure.kind is FailureKind.NO_SUCH_HOST
+
+
+async def test_a_pdf_is_taken_as_it_is(serve):
+    server = await serve(http(b"%PDF-1.7", type="application/pdf"))
+    assert await fetch(server) == Response("http://site.test/", "application/pdf", b"%PDF-1.7")
+    assert b"application/pdf" in server.requests[0]
 
 
 @pytest.fixture
@@ -329,3 +269,54 @@ def test_no_url_makes_fetch_raise(urls):
 def test_impossible_limits_are_a_config_error():
     with pytest.raises(ConfigError, match="limits.max_bytes: 0 is less than 1"):
         Limits(max_bytes=0)
+
+
+def test_a_patience_of_nothing_is_a_config_error():
+    with pytest.raises(ConfigError, match="limits.max_wait_s: 0 is not a positive"):
+        Limits(max_wait_s=0)
+
+
+async def test_a_429_is_asked_again_when_the_site_said(serve):
+    server = await serve(http(b"", "Retry-After: 0", status="429 Slow Down"), http(b"ok"))
+    assert (await fetch(server)).body == b"ok"
+
+
+@pytest.mark.parametrize("status", ["429 Slow Down", "503 Busy"])
+async def test_a_site_that_asked_for_patience_is_left_alone(serve, status):
+    server = await serve(http(b"", "Retry-After: 86400", status=status), http(b"too early"))
+    async with to(server) as fetcher:
+        first, second = await fetcher.fetch("http://site.test/a"), await fetcher.fetch("http://SITE.test./b")
+    assert first.retry_after_s == 86400
+    assert second.kind is FailureKind.RATE_LIMITED
+    assert 86000 < second.retry_after_s <= 86400
+    assert server.connections == 1
+
+
+async def test_a_host_that_fails_again_and_again_is_left_alone_and_others_are_not(serve):
+    bad, good = await serve(http(b"", status="500 Oops")), await serve(http(b"fine"))
+    hosts = {"bad.test": ("127.0.0.1", bad.port), "good.test": ("127.0.0.1", good.port)}
+    async with Fetcher(hosts=hosts, limits=QUICK, lookup=refuse) as fetcher:
+        failures = [await fetcher.fetch(f"http://bad.test/{i}") for i in range(4)]
+        assert (await fetcher.fetch("http://good.test/")).body == b"fine"
+    assert [failure.kind for failure in failures] == [FailureKind.STATUS] + [FailureKind.PROVIDER_DOWN] * 3
+    assert all(failure.infrastructure for failure in failures)
+    assert bad.connections == 5
+
+
+async def test_pages_that_are_missing_do_not_make_a_host_broken(serve):
+    server = await serve(http(b"", status="404 Not Found"))
+    async with to(server) as fetcher:
+        failures = [await fetcher.fetch(f"http://site.test/{i}") for i in range(8)]
+    assert {failure.status for failure in failures} == {404}
+
+
+async def test_a_blocked_domain_is_never_asked_not_even_by_a_redirect(serve):
+    blocked = await serve(http(b"the answers"))
+    server = await serve(http(b"", "Location: http://www.Answers.test./all", status="302 Found"))
+    hosts = {"site.test": ("127.0.0.1", server.port), "www.answers.test": ("127.0.0.1", blocked.port)}
+    policy = AddressPolicy(blocked_domains=frozenset({"answers.test"}))
+    async with Fetcher(policy, hosts, limits=QUICK) as fetcher:
+        failures = [await fetcher.fetch(url) for url in ("http://site.test/", "http://www.answers.test/")]
+    assert {(failure.kind, failure.detail) for failure in failures} == {(FailureKind.BLOCKLISTED, "answers.test")}
+    assert not failures[0].infrastructure
+    assert (server.connections, blocked.connections) == (1, 0)

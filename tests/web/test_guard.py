@@ -114,6 +114,32 @@ def test_a_listed_host_is_exempt_by_its_name_alone():
         assert admit(url, POLICY, hosts).kind is FailureKind.BLOCKED
 
 
+@pytest.mark.parametrize(
+    ("host", "blocked"),
+    [
+        ("example.org", True),
+        ("a.b.example.org", True),
+        ("EXAMPLE.org.", True),
+        ("notexample.org", False),
+        ("example.org.evil.com", False),
+        ("org", False),
+        ("b\u00fccher.de", True),
+        ("www.xn--bcher-kva.de", True),
+        ("10.0.0.1", True),
+    ],
+)
+def test_a_blocked_domain_is_its_whole_tree_and_nothing_else(host, blocked):
+    policy = AddressPolicy(blocked_domains=frozenset({"Example.org.", "b\u00fccher.de", "10.0.0.1"}))
+    refused = admit(f"http://{host}/", policy, {})
+    assert (isinstance(refused, Failure) and refused.kind is FailureKind.BLOCKLISTED) == blocked
+
+
+@pytest.mark.parametrize("entry", ["", "http://example.org", "example.org/page", "*.example.org", "a b", "user@host"])
+def test_an_entry_that_is_no_domain_is_a_config_error(entry):
+    with pytest.raises(ConfigError, match="policy.blocked_domains"):
+        AddressPolicy(blocked_domains=frozenset({entry}))
+
+
 @pytest.mark.parametrize("endpoint", [("localhost", 80), ("127.0.0.1", 0), ("127.0.0.1", 65536)])
 def test_a_bad_entry_in_hosts_is_a_config_error(endpoint):
     with pytest.raises(ConfigError, match="hosts\\['a.test'\\]"):
