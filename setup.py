@@ -35,7 +35,16 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
+        "pdf": ["pypdfium2>=5"],
         # torch is the other side of the parity tests; nothing in the package imports it.
-        "test": ["pytest>=8", "pytest-asyncio>=1.0", "hypothesis>=6.100", "ruff>=0.9", "torch==2.13.0"],
+        "test": [
+            "pytest>=8",
+            "pytest-asyncio>=1.0",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "torch==2.13.0",
+            "psutil>=6",
+            "pypdfium2>=5",
+        ],
     },
 )

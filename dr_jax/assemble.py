@@ -39,6 +39,7 @@ from dr_jax.web.http import open_session
 from dr_jax.web.politeness import Manners
 from dr_jax.web.search import find_provider, open_search
 from dr_jax.web.search_wire import PROVIDERS
+from dr_jax.web.workers import ParserPool
 from dr_jax.world import lore, site
 from dr_jax.world import questions as world_questions
 
@@ -109,6 +110,8 @@ async def host(run: RunConfig, workdir: pathlib.Path) -> AsyncIterator[Host]:
                 hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
         elif web.endpoint:
             settings = {"endpoint": web.endpoint}
+        # Before the cache, so that it closes after it: a page cut short at the end must not be kept as unreadable.
+        parsers = await stack.enter_async_context(ParserPool())
         cache = await stack.enter_async_context(Cache(workdir / "web.sqlite", web.cache_mode, web.cache_ttl_s))
         # An engine of the user's own may be at a private address; only this session may go there, never the fetcher.
         session = await stack.enter_async_context(
@@ -128,7 +131,7 @@ async def host(run: RunConfig, workdir: pathlib.Path) -> AsyncIterator[Host]:
             chat=Chat.load(model_path(run)),
             preset=preset(run),
             searcher=CachedSearcher(searcher, cache),
-            browser=CachedBrowser(fetcher, cache, max_segment_chars=web.segment_chars),
+            browser=CachedBrowser(fetcher, cache, extract=parsers.extract, max_segment_chars=web.segment_chars),
             reader=ExtractiveReader(),
             cache=cache,
         )

@@ -26,7 +26,7 @@ ROOMS = {
 }
 HOST = {"web", "task", "world", "agent", "rollout", *FLOOR_0}
 DEVICE_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
-HOST_PACKAGES = {"aiohttp", "protego", "selectolax", "w3lib", "yarl"}
+HOST_PACKAGES = {"aiohttp", "protego", "pypdfium2", "selectolax", "w3lib", "yarl"}
 
 
 def imports(path: pathlib.Path, *, top_only: bool = False):

@@ -27,7 +27,7 @@ from yarl import URL
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind, Hit, Page
 from dr_jax.web.fetch import Fetcher
-from dr_jax.web.page import EXTRACTOR, extract
+from dr_jax.web.page import EXTRACTOR, Response, extract, from_plain, to_plain
 from dr_jax.web.text import clean_line
 
 MODES = ("live", "record", "replay")
@@ -186,26 +186,13 @@ def _digest(key: str, expires_s: float, blob: bytes) -> bytes:
 
 
 def _encode(value: Value) -> bytes:
-    match value:
-        case Failure():
-            plain: dict[str, Any] = {"failure": dataclasses.asdict(value)}
-        case Page():
-            plain = {"page": dataclasses.asdict(value)}
-        case _:
-            plain = {"hits": [dataclasses.asdict(hit) for hit in value]}
+    plain = to_plain(value) if isinstance(value, Page | Failure) else {"hits": [vars(hit) for hit in value]}
     return json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _decode(blob: bytes) -> Value:
-    match json.loads(blob):
-        case {"failure": fields}:
-            return Failure(**{**fields, "kind": FailureKind(fields["kind"])})
-        case {"page": fields}:
-            links = tuple((text, url) for text, url in fields["links"])
-            return Page(**{**fields, "segments": tuple(fields["segments"]), "links": links})
-        case {"hits": hits}:
-            return tuple(Hit(**hit) for hit in hits)
-    raise AssertionError("the hash says we wrote this entry")
+    plain = json.loads(blob)
+    return tuple(Hit(**hit) for hit in plain["hits"]) if "hits" in plain else from_plain(plain)
 
 
 class IdentifiedSearcher(Protocol):
@@ -228,13 +215,27 @@ class CachedSearcher:
         return await self._cache.through(request, lambda: self._searcher.search(query, top_k=top_k))
 
 
-class CachedBrowser:
-    """The Browser: fetches a page, extracts its text in a thread, and keeps the text."""
+class Extract(Protocol):
+    """Bytes -> text off the event loop: `ParserPool.extract`, or `extract_in_thread`."""
 
-    def __init__(self, fetcher: Fetcher, cache: Cache, *, max_segment_chars: int = 4000):
+    async def __call__(self, response: Response, *, max_segment_chars: int) -> Page | Failure: ...
+
+
+async def extract_in_thread(response: Response, *, max_segment_chars: int) -> Page | Failure:
+    """For pages that we wrote ourselves: nothing can stop a thread that a hostile page keeps busy."""
+    return await asyncio.to_thread(extract, response, max_segment_chars=max_segment_chars)
+
+
+class CachedBrowser:
+    """The Browser: fetches a page, has its text extracted, and keeps the text."""
+
+    def __init__(
+        self, fetcher: Fetcher, cache: Cache, *, extract: Extract = extract_in_thread, max_segment_chars: int = 4000
+    ):
         if max_segment_chars < 1:
             raise ConfigError(f"max_segment_chars: {max_segment_chars} is less than 1; a few thousand is usual")
-        self._fetcher, self._cache, self._max_segment_chars = fetcher, cache, max_segment_chars
+        self._fetcher, self._cache = fetcher, cache
+        self._extract, self._max_segment_chars = extract, max_segment_chars
 
     async def browse(self, url: str) -> Page | Failure:
         request = {
@@ -246,7 +247,7 @@ class CachedBrowser:
         response = await self._fetcher.fetch(url)
         if isinstance(response, Failure):
             return response
-        return await asyncio.to_thread(extract, response, max_segment_chars=self._max_segment_chars)
+        return await self._extract(response, max_segment_chars=self._max_segment_chars)
 
 
 def _canonical(url: str) -> str:

@@ -1,16 +1,17 @@
 """Bytes -> text by the document's own structure.
 
 One block of the page (a paragraph, a heading, a list item, a table row) is one line, whole, so that sentences stay
-intact. Segments are runs of lines cut at headings and block ends.
+intact. Segments are runs of lines cut at headings and block ends, each with the path of the headings over it.
 
-Parsing is CPU work on hostile input: call `extract` in a thread, never on the event loop.
+Parsing is CPU work on hostile input: `workers` runs `extract` in processes; never call it on the event loop.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 from urllib.parse import urldefrag, urljoin
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode, SelectolaxError
@@ -19,7 +20,7 @@ from dr_jax.records import Failure, FailureKind, Page
 from dr_jax.web.scan import excess
 from dr_jax.web.text import MAX_URL_CHARS, clean_indented, clean_line, decode
 
-EXTRACTOR = "1"  # raise it with every change of what `extract` returns: it is part of the cache key
+EXTRACTOR = "2"  # raise it with every change of what `extract` returns: it is part of the cache key
 
 MAX_CHARS = 400_000  # of text; past it, tokenizers stall
 MAX_LINKS = 500
@@ -38,6 +39,12 @@ class Response:
     body: bytes
 
 
+class Heading(str):
+    """A line `# text`, `## text`, ... that opens a part of the page; code may have lines that only look so."""
+
+    __slots__ = ()
+
+
 def extract(response: Response, *, max_segment_chars: int = 4000) -> Page | Failure:
     """The main content as text: headings as `## heading`, list items as `- item`, table rows as `a | b`, infobox rows
     and definitions as `key: value`; navigation, forms, scripts and footers are left out. Never raises."""
@@ -45,11 +52,13 @@ def extract(response: Response, *, max_segment_chars: int = 4000) -> Page | Fail
         return Failure(FailureKind.PARSE_LIMIT, f"more than {_MAX_BYTES} bytes")
     if b"\x00" in response.body[:1024] and not response.body.startswith((b"\xff\xfe", b"\xfe\xff")):
         return Failure(FailureKind.UNSUPPORTED_TYPE, "not text")
+    if response.body.startswith(b"%PDF-"):
+        return Failure(FailureKind.UNSUPPORTED_TYPE, "PDF outside a parser process")
     text = decode(response.body, response.content_type)
     if not _is_html(response.content_type, text):
         # Plain text is wrapped by hand: a blank line ends a block, a line break does not.
         blocks = [clean_line(block) for block in re.split(r"\n[ \t\r]*\n", text)]
-        return _page(response.url, "", blocks, {}, max_segment_chars)
+        return page_of(response.url, "", blocks, {}, max_segment_chars)
     if bomb := excess(text):
         return Failure(FailureKind.PARSE_LIMIT, bomb)
     try:
@@ -58,7 +67,7 @@ def extract(response: Response, *, max_segment_chars: int = 4000) -> Page | Fail
         lines = walk.main_lines()
     except SelectolaxError as error:
         return Failure(FailureKind.PARSE_LIMIT, type(error).__name__)
-    return _page(response.url, _title(tree), lines, walk.links, max_segment_chars)
+    return page_of(response.url, _title(tree), lines, walk.links, max_segment_chars)
 
 
 def _is_html(content_type: str, text: str) -> bool:
@@ -66,11 +75,30 @@ def _is_html(content_type: str, text: str) -> bool:
     return media in ("text/html", "application/xhtml+xml") or _MARKUP.match(text) is not None
 
 
-def _page(url: str, title: str, lines: list[str], links: dict[str, str], max_segment_chars: int) -> Page | Failure:
-    segments = tuple(_segments(_capped(filter(None, lines)), max_segment_chars))
-    if not segments:
+def page_of(url: str, title: str, lines: list[str], links: dict[str, str], max_segment_chars: int) -> Page | Failure:
+    """A page with `lines` cut to segments, past `MAX_CHARS` left out; `links` are URL -> text."""
+    runs = list(_segments(_capped(filter(None, lines)), max_segment_chars))
+    if not runs:
         return Failure(FailureKind.EMPTY, "no text")
-    return Page(url=url, title=title, segments=segments, links=tuple((text, target) for target, text in links.items()))
+    segments = tuple("\n".join(run) for run in runs)
+    return Page(url, title, segments, tuple((text, target) for target, text in links.items()), tuple(_paths(runs)))
+
+
+def to_plain(result: Page | Failure) -> dict[str, Any]:
+    """What JSON can hold of an extraction, for `from_plain`."""
+    return {"page" if isinstance(result, Page) else "failure": vars(result)}
+
+
+def from_plain(plain: Mapping[str, Any]) -> Page | Failure:
+    """The extraction that `to_plain` made plain. Raises ValueError for anything else."""
+    match plain:
+        case {"failure": fields}:
+            return Failure(**{**fields, "kind": FailureKind(fields["kind"])})
+        case {"page": fields}:
+            links = tuple((text, url) for text, url in fields["links"])
+            tuples = {name: tuple(fields[name]) for name in ("segments", "headings")}
+            return Page(**{**fields, **tuples, "links": links})
+    raise ValueError("neither a page nor a failure")
 
 
 def _capped(lines: Iterable[str]) -> Iterator[str]:
@@ -86,23 +114,37 @@ def _capped(lines: Iterable[str]) -> Iterator[str]:
 # Segments -----------------------------------------------------------------------------------------------------------
 
 
-def _segments(lines: Iterable[str], max_chars: int) -> Iterator[str]:
+def _segments(lines: Iterable[str], max_chars: int) -> Iterator[list[str]]:
     """Runs of lines, at most `max_chars` long. A heading opens a new one once the last is half full; it never ends one
     where it fits the next."""
     run: list[str] = []
     size = 0  # of the run, a line break after each line included
     for piece in (piece for line in lines for piece in _pieces(line, max_chars)):
-        if run and (size + len(piece) > max_chars or (piece.startswith("#") and size > max_chars // 2)):
-            end = max((i for i, line in enumerate(run, 1) if not line.startswith("#")), default=0)
+        if run and (size + len(piece) > max_chars or (isinstance(piece, Heading) and size > max_chars // 2)):
+            end = max((i for i, line in enumerate(run, 1) if not isinstance(line, Heading)), default=0)
             size = sum(len(line) + 1 for line in run[end:])
             if end == 0 or size + len(piece) > max_chars:
                 end, size = len(run), 0
-            yield "\n".join(run[:end])
+            yield run[:end]
             run = run[end:]
         run.append(piece)
         size += len(piece) + 1
     if run:
-        yield "\n".join(run)
+        yield run
+
+
+def _paths(runs: Iterable[list[str]]) -> Iterator[str]:
+    """For each run the headings over its first line of text, outermost first: `Ada > Films > Early`."""
+    open_: list[tuple[int, str]] = []
+    for run in runs:
+        path = None
+        for line in run:
+            if isinstance(line, Heading):
+                marks, _, text = line.partition(" ")
+                open_ = [*(part for part in open_ if part[0] < len(marks)), (len(marks), text)]
+            elif path is None:
+                path = [text for _, text in open_]
+        yield " > ".join([text for _, text in open_] if path is None else path)
 
 
 def _pieces(line: str, max_chars: int) -> Iterator[str]:
@@ -132,7 +174,7 @@ _DROPPED_TAGS = frozenset(
 _DROPPED = (
     "[hidden], [aria-hidden=true], [role=navigation], [role=banner], [role=contentinfo], [role=search], [role=dialog], "
     "[style*='display:none'], [style*='display: none'], .mw-editsection, .mw-jump-link, .navbox, .noprint, "
-    "sup.reference"
+    "sup.reference, .cookie-banner, .cookie-consent, .cc-window, #onetrust-consent-sdk, #CybotCookiebotDialog"
 )
 _INFOBOX = ".infobox, .portable-infobox"
 _LAYOUT = "table, h1, h2, h3, h4"  # a table with one of these in it arranges a page; it is not data
@@ -158,7 +200,9 @@ class _Lines:
 
     def end_block(self) -> None:
         if self.inline:
-            self.done.extend(filter(None, map(clean_line, self._break.split("".join(self.inline)))))
+            text = "".join(self.inline)
+            lines = self._break.split(text) if "\n" in text else (text,)
+            self.done.extend(filter(None, map(clean_line, lines)))
             self.inline.clear()
 
 
@@ -203,9 +247,9 @@ class _Walk:
             self._render_one(child, out, depth, in_page)
 
     def _render_one(self, node: LexborNode, out: _Lines, depth: int, in_page: bool = False) -> None:
-        tag = node.tag
+        tag = node.tag or ""  # lexbor has no name for a processing instruction
         if tag == "-text":
-            out.inline.append(_SPACE.sub(" ", node.text_content or ""))
+            out.inline.append((node.text_content or "").replace("\n", " "))  # "\n" is for <br>
         elif tag == "br":
             out.inline.append("\n")
         elif self._skipped(node, tag, in_page):
@@ -242,7 +286,7 @@ class _Walk:
 
     def _heading(self, node: LexborNode, depth: int) -> list[str]:
         text = " ".join(self.lines(node, depth))
-        return [f"{'#' * int(node.tag[1])} {text}"] if text else []
+        return [Heading(f"{'#' * int(node.tag[1])} {text}")] if text else []
 
     def _list(self, node: LexborNode, depth: int) -> list[str]:
         out = []
@@ -300,7 +344,6 @@ _STRUCTURES = {
     "table": _Walk._table,
     "pre": _Walk._preformatted,
 }
-_SPACE = re.compile(r"\s+")
 
 
 def _parts(node: LexborNode, tags: tuple[str, ...], through: tuple[str, ...]) -> Iterator[LexborNode]:

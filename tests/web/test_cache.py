@@ -286,7 +286,7 @@ async def test_a_recorded_session_is_replayed_without_a_network(serve, tmp_path)
 
     recorded = await session("record")
     assert recorded[1][0] == Page(
-        "http://site.test/a", "T", ("# Ada\nBorn in Tarn.",), (("Tarn", "http://site.test/t"),)
+        "http://site.test/a", "T", ("# Ada\nBorn in Tarn.",), (("Tarn", "http://site.test/t"),), ("Ada",)
     )
     assert [getattr(page, "kind", None) for page in recorded[1]] == [
         None,
@@ -300,6 +300,18 @@ async def test_a_recorded_session_is_replayed_without_a_network(serve, tmp_path)
     assert replayed[:3] == recorded[:3]
     assert replayed[3] == {"hits": 6, "misses": 0, "shared": 0, "errors": 0}
     assert (web.connections, engine.connections) == (1, 1)
+
+
+async def test_a_browser_extracts_with_what_it_is_given(serve, tmp_path):
+    web = await serve(http(b"<h1>Ada</h1>", "text/html"))
+    hosts = {"site.test": ("127.0.0.1", web.port)}
+
+    async def refuse(response, *, max_segment_chars):
+        return Failure(FailureKind.PARSE_LIMIT, f"{response.body.decode()} {max_segment_chars}")
+
+    async with Cache(tmp_path / "c") as cache, Fetcher(hosts=hosts) as fetcher:
+        browser = CachedBrowser(fetcher, cache, extract=refuse, max_segment_chars=7)
+        assert (await browser.browse("http://site.test/")).detail == "<h1>Ada</h1> 7"
 
 
 async def test_what_decides_an_answer_is_in_its_key(serve, tmp_path):

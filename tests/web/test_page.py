@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pathlib
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dr_jax.records import Failure, FailureKind, Page
-from dr_jax.web.page import MAX_CHARS, MAX_LINKS, Response, extract
+from dr_jax.web.page import MAX_CHARS, MAX_LINKS, Response, extract, from_plain, to_plain
 
 
 def page(html: str | bytes, content_type="text/html; charset=utf-8", **options) -> Page | Failure:
@@ -103,6 +104,7 @@ after it.""",
         ("a<span>b</span> <i>c</i>\n\n d", ["ab c d"]),
         ("<td>loose cell", ["loose cell"]),
         ("&#0;&#xd800;x&#x202e;y", ["��xy"]),
+        ("<a><?A><b>yes", ["yes"]),  # lexbor: a node without a name
         ("<svg><title>no</title><text>no</text></svg>yes", ["yes"]),
         ("yes<noscript>turn it on</noscript><template>t</template>", ["yes"]),
     ],
@@ -144,6 +146,33 @@ def test_segments_are_cut_at_headings_and_blocks_and_never_in_a_sentence():
     assert "\n".join(cut) == "\n".join(page(html, max_segment_chars=100_000).segments)
     assert all(len(segment) <= 400 for segment in cut)
     assert all(segment.startswith("## Part") and segment.endswith("sentence.") for segment in cut)
+
+
+def test_a_segment_says_under_which_headings_it_starts():
+    text = "<p>A sentence that is here to fill the part with words.</p>" * 4
+    html = f"{text}<h1>Ada</h1>{text}<h2>Films</h2>{text}<h4>Early</h4>{text}{text}<h2>Life</h2>{text}<h1>Notes</h1>"
+    cut = page(html, max_segment_chars=230)
+    assert cut.headings == (
+        "",
+        "Ada",
+        "Ada > Films",
+        "Ada > Films > Early",
+        "Ada > Films > Early",
+        "Ada > Life",
+        "Notes",
+    )
+    assert [segment.split("\n")[0] for segment in cut.segments[1:4]] == ["# Ada", "## Films", "#### Early"]
+
+
+def test_a_comment_in_code_is_no_heading():
+    assert page("<h2>Use</h2><pre># a comment\nx = 1\n# another</pre>", max_segment_chars=16).headings == ("Use",) * 3
+
+
+def test_a_page_and_a_failure_survive_json():
+    for result in (page(ARTICLE, max_segment_chars=100), page("")):
+        assert from_plain(json.loads(json.dumps(to_plain(result)))) == result
+    with pytest.raises(ValueError, match="neither"):
+        from_plain({"odd": 1})
 
 
 def test_a_block_longer_than_a_segment_is_cut_after_a_sentence():
@@ -190,6 +219,7 @@ def test_what_would_blow_up_the_parser_is_refused():
 
 
 def test_binary_data_is_not_text():
+    assert page(b"%PDF-1.7 ...", "text/html").kind is FailureKind.UNSUPPORTED_TYPE
     assert page(b"PK\x03\x04\x00\x00" + b"x" * 99, "").kind is FailureKind.UNSUPPORTED_TYPE
 
 
@@ -216,8 +246,16 @@ SOUP = st.lists(
 def test_no_soup_makes_extract_raise(html, content_type):
     result = page(html.encode("utf-8", "surrogatepass"), content_type, max_segment_chars=50)
     if isinstance(result, Page):
+        assert len(result.headings) == len(result.segments)
         assert all(0 < len(segment) <= 50 for segment in result.segments)
         "".join((result.title, *result.segments, *(part for link in result.links for part in link))).encode()
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None)
+@given(SOUP.map("".join))
+def test_no_soup_of_many_makes_extract_raise(html):
+    assert isinstance(page(html.encode("utf-8", "surrogatepass")), Page | Failure)
 
 
 @settings(deadline=None)
