@@ -2,8 +2,8 @@
 
     python -m dr_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: 2 CPU cores, under 4 GiB of memory, no network, no key. Time: about 800 CPU seconds.
-Expect: held-out F1 (greedy) from about 0.10 to about 0.35; docs/benchmarks.md has what was measured.
+Hardware: 2 CPU cores, under 4 GiB of memory, no network, no key.
+Expect: a held-out F1 (greedy) of about 0.09 before training; docs/benchmarks.md has what was measured.
 """
 
 from ml_collections import ConfigDict

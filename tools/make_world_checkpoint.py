@@ -78,6 +78,7 @@ class Round:
 ROUNDS = (
     Round(Authors(0.4, Habits(guess=0.1, skim=0.6, stop=0.6)), 8000, 1800, 2e-3, 0.1),
     Round(Authors(0.4, Habits(guess=0.15, skim=0.85, stop=0.85)), 7000, 1250, 1.5e-3, 0.2),
+    Round(Authors(0.3, Habits(guess=0.15, skim=0.9, stop=0.9)), 5000, 900, 1.5e-3, 0.2),
 )
 SCHEDULE = ((0.6, 1.0), (0.25, 0.3), (0.15, 0.1))  # of a round: (share of the steps, share of the peak rate)
 
