@@ -37,6 +37,12 @@ def get_config() -> ConfigDict:
     config.web.reader = "extractive"  # the reference pays a language model to read
     config.web.segment_chars = 4000  # about 1,000 tokens
 
+    config.budget = ConfigDict()
+    config.budget.max_usd = 500.0  # stops the run there; the start prints what it can cost at most
+    config.budget.max_calls = 0
+    config.budget.max_bytes = 0
+    config.budget.prices = ConfigDict()  # {"serper": 0.0003} for its largest package
+
     config.agent = ConfigDict()
     config.agent.preset = "deepresearcher"
     config.agent.temperature = 1.0

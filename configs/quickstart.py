@@ -34,6 +34,12 @@ def get_config() -> ConfigDict:
     config.web.reader = "extractive"
     config.web.segment_chars = 2000  # embedded pages are a few thousand characters long
 
+    config.budget = ConfigDict()
+    config.budget.max_usd = 0.0  # no limit: the embedded engine is free
+    config.budget.max_calls = 0
+    config.budget.max_bytes = 0
+    config.budget.prices = ConfigDict()
+
     config.agent = ConfigDict()
     config.agent.preset = "quickstart"  # the deepresearcher grammar with a short prompt
     config.agent.temperature = 1.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import AsyncIterator, Mapping
@@ -32,6 +33,7 @@ from dr_jax.model.qwen2 import REMAT
 from dr_jax.records import Question, Sampling
 from dr_jax.run_config import RunConfig, Web
 from dr_jax.task import questions as question_files
+from dr_jax.web.budget import NOTHING_SPENT, Budget, MeteredFetcher, Spent, estimate_usd
 from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.guard import AddressPolicy
@@ -54,7 +56,8 @@ def check(run: RunConfig) -> None:
     """Raises `ConfigError` for every mistake that can be known before anything is opened, loaded or written."""
     preset(run)
     model_path(run)
-    find_provider(WORLD_PROVIDER if run.web.provider == WORLD else run.web.provider)
+    find_provider(_provider(run.web))
+    budget(run)
     _api_key(run.web)
     if run.model.remat not in REMAT:
         raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
@@ -70,6 +73,7 @@ class Host:
     browser: Browser
     reader: Reader
     cache: Cache
+    budget: Budget
 
     def context(
         self, run: RunConfig, sampler: Sampler, *, seed: int, today: str, temperature: float | None = None
@@ -98,14 +102,17 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def host(run: RunConfig, workdir: pathlib.Path) -> AsyncIterator[Host]:
-    """Opens the web (or the embedded one), its cache in the workdir, and the tokenizer; closes all of it at the end."""
+async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPENT) -> AsyncIterator[Host]:
+    """Opens the web (or the embedded one), its cache in the workdir, and the tokenizer; closes all of it at the end.
+
+    `spent`: by the run before it was resumed."""
+    meter = budget(run, spent)
     async with contextlib.AsyncExitStack() as stack:
         web = run.web
         hosts: Mapping[str, tuple[str, int]] = {}
-        provider, settings = web.provider, {}
+        settings = {}
         if web.provider == WORLD:
-            provider, settings = WORLD_PROVIDER, {"endpoint": f"http://{site.SEARCH_HOST}/search"}
+            settings = {"endpoint": f"http://{site.SEARCH_HOST}/search"}
             if web.cache_mode != "replay":
                 hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
         elif web.endpoint:
@@ -118,7 +125,12 @@ async def host(run: RunConfig, workdir: pathlib.Path) -> AsyncIterator[Host]:
             open_session(hosts={**hosts, **_own_engine(web)}, contact=web.contact)
         )
         searcher = open_search(
-            provider, session, api_key=_api_key(web), max_concurrent=web.max_concurrent_searches, **settings
+            _provider(web),
+            session,
+            api_key=_api_key(web),
+            max_concurrent=web.max_concurrent_searches,
+            budget=meter,
+            **settings,
         )
         # The one site of the embedded web is ours: politeness limits are for other people's.
         limits = Limits(max_per_site=Limits.max_concurrent) if web.provider == WORLD else Limits()
@@ -131,10 +143,47 @@ async def host(run: RunConfig, workdir: pathlib.Path) -> AsyncIterator[Host]:
             chat=Chat.load(model_path(run)),
             preset=preset(run),
             searcher=CachedSearcher(searcher, cache),
-            browser=CachedBrowser(fetcher, cache, extract=parsers.extract, max_segment_chars=web.segment_chars),
+            browser=CachedBrowser(
+                MeteredFetcher(fetcher, meter, max_bytes=limits.max_bytes),
+                cache,
+                extract=parsers.extract,
+                max_segment_chars=web.segment_chars,
+            ),
             reader=ExtractiveReader(),
             cache=cache,
+            budget=meter,
         )
+
+
+def budget(run: RunConfig, spent: Spent = NOTHING_SPENT) -> Budget:
+    """What the run may still spend."""
+    limits = run.budget
+    prices = {**limits.prices, WORLD_PROVIDER: 0.0} if run.web.provider == WORLD else limits.prices
+    meter = Budget(
+        max_usd=limits.max_usd or math.inf,
+        max_calls=limits.max_calls or math.inf,
+        max_bytes=limits.max_bytes or math.inf,
+        prices=prices,
+        spent=spent,
+    )
+    meter.price_usd(_provider(run.web))  # a provider without a price is a mistake to hear of now
+    return meter
+
+
+def cost_usd(run: RunConfig, steps: int) -> float:
+    """What `steps` steps cost at most: every turn of every episode a search with all its queries, none in the cache."""
+    limits = preset(run)
+    return estimate_usd(
+        budget(run).price_usd(_provider(run.web)),
+        questions=run.rollout.questions,
+        rollouts=run.rollout.rollouts,
+        calls=(limits.max_turns - 1) * limits.max_queries,
+        steps=steps,
+    )
+
+
+def _provider(web: Web) -> str:
+    return WORLD_PROVIDER if web.provider == WORLD else web.provider
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,14 @@ class Web:
 
 
 @dataclasses.dataclass(frozen=True)
+class Budget:
+    max_usd: float  # at list price, by the whole run; 0 = no limit, as below
+    max_calls: int  # searches and pages that the cache does not answer
+    max_bytes: int  # of answers, decoded
+    prices: Mapping[str, float]  # US dollars per search by provider, over those of web.budget.PRICES
+
+
+@dataclasses.dataclass(frozen=True)
 class Agent:
     preset: str  # a row of agent.presets.PRESETS
     temperature: float
@@ -128,6 +136,7 @@ class RunConfig:
     steps: int
     questions: Questions
     web: Web
+    budget: Budget
     agent: Agent
     rollout: Rollout
     engine: EngineSettings
@@ -152,7 +161,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed", "agent.temperature", "agent.top_k", "rollout.max_infra_fraction", "grpo.clip_low", "grpo.clip_high",
     "grpo.kl_coef", "grpo.entropy_coef", "optim.warmup_steps", "optim.weight_decay", "eval.every_steps",
-    "questions.world_count", "web.min_delay_s",
+    "questions.world_count", "web.min_delay_s", "budget.max_usd", "budget.max_calls", "budget.max_bytes",
 )  # fmt: skip
 _CHOICES = {
     "web.cache_mode": ("live", "record", "replay"),

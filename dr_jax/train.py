@@ -38,6 +38,7 @@ from dr_jax.rollout.pack import pack, segments
 from dr_jax.rollout.scheduler import Group
 from dr_jax.run_config import RunConfig
 from dr_jax.task.questions import QuestionOrder
+from dr_jax.web.budget import NOTHING_SPENT, Spent
 
 
 @dataclasses.dataclass
@@ -69,6 +70,7 @@ class Trainer:
         self._lock = claim(workdir, run)
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=run.checkpoint.keep)
         self.standing = self._restore()
+        self.spent = spent(workdir)  # before the log forgets the steps that the checkpoint does not know
         self.log = metrics.MetricsLog(
             workdir, last_step=self.standing.step or -1
         )  # a run that starts over also evaluates again
@@ -120,9 +122,11 @@ class Trainer:
         """One optimizer step on the next questions: rollouts, packed rows, update, new weights to the engine."""
         run, standing = self.run, self.standing
         started_s = time.monotonic()
+        host.budget.begin_step()
         questions = self.order.take(standing.cursor, run.rollout.questions)
         groups = await self.rollouts(host, engine, questions)
         generated_s = time.monotonic()
+        host.budget.check()
         scheduler.check_health(groups, max_infra_fraction=run.rollout.max_infra_fraction)
         batch = self.pack(groups)
         learned = await asyncio.to_thread(self.learn, batch)
@@ -139,6 +143,7 @@ class Trainer:
         return (
             summary
             | learned
+            | host.budget.metrics()
             | {
                 "num_tokens": float(tokens),
                 "timing_s/gen": generated_s - started_s,
@@ -228,6 +233,15 @@ class Trainer:
         return summary
 
 
+def spent(workdir: pathlib.Path) -> Spent:
+    """What the run in `workdir` has spent, as far as its log knows; what is repeated after a crash is paid twice."""
+    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "budget/run_usd" in row]
+    if not rows:
+        return NOTHING_SPENT
+    last = rows[-1]
+    return Spent(int(last["budget/run_calls"]), int(last["budget/run_bytes"]), last["budget/run_usd"])
+
+
 def claim(workdir: pathlib.Path, run: RunConfig) -> Any:
     """Locks the workdir for this process and records its config there. Close the result to let go.
 
@@ -244,14 +258,14 @@ def claim(workdir: pathlib.Path, run: RunConfig) -> Any:
         ) from error
     path, ours = workdir / "config.json", run_config.as_dict(run)
     if path.exists():
-        lines = run_config.difference(json.loads(path.read_text()), ours)
+        # A budget may be raised under way: it decides how far a run gets, not what it learns.
+        lines = run_config.difference(json.loads(path.read_text()) | {"budget": ours["budget"]}, ours)
         if lines:
             raise ConfigError(
                 f"--workdir: {workdir} was made by another config; nothing was changed. Choose another workdir, or "
                 "undo the difference:\n  " + "\n  ".join(lines)
             )
-    else:
-        path.write_text(json.dumps(ours, indent=1) + "\n")
+    path.write_text(json.dumps(ours, indent=1) + "\n")
     return lock
 
 
@@ -281,6 +295,9 @@ def _train(run: RunConfig, values: flags.FlagValues) -> None:
         until = run.steps
         if values.stop_after is not None:
             until = min(until, trainer.standing.step + values.stop_after)
+        left = until - trainer.standing.step
+        if cost := assemble.cost_usd(run, left):
+            print(f"{left} steps cost at most {cost:,.2f} USD; {trainer.spent.usd:,.2f} USD are spent", flush=True)
         asyncio.run(_session(trainer, until))
         if trainer.standing.step == run.steps:
             print(json.dumps(trainer.finish()))
@@ -291,7 +308,7 @@ def _train(run: RunConfig, values: flags.FlagValues) -> None:
 
 
 async def _session(trainer: Trainer, until: int) -> None:
-    async with assemble.host(trainer.run, trainer.workdir) as host:
+    async with assemble.host(trainer.run, trainer.workdir, trainer.spent) as host:
         async with assemble.engine(trainer.run, trainer.device, host) as engine:
             await trainer.train(host, engine, until=until)
 

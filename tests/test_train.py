@@ -140,3 +140,27 @@ def test_two_processes_cannot_train_in_one_workdir(tmp_path, capsys):
         assert "another process" in capsys.readouterr().err
     finally:
         lock.close()
+
+
+def test_a_run_that_is_out_of_budget_halts_untrained_and_goes_on_when_the_budget_is_raised(tmp_path, capsys):
+    assert run(tmp_path, "--stop_after=1") == 0
+    calls = int(rows(tmp_path)[-1]["budget/run_calls"])
+    assert calls > 0
+    assert run(tmp_path, f"--config.budget.max_calls={calls + 1}") == 3
+    assert f"budget.max_calls = {calls + 1} is reached" in capsys.readouterr().err
+    assert rows(tmp_path)[-1]["step"] == 1
+    assert run(tmp_path, "--stop_after=1") == 0
+    assert rows(tmp_path)[-1]["budget/run_calls"] > calls + 1
+
+
+def test_what_a_run_can_cost_is_said_before_it_spends_anything(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    paid = ["--config.web.provider=serper", "--config.web.endpoint=http://127.0.0.1:9/search"]
+    assert run(tmp_path, *paid) == 3
+    assert "4 steps cost at most 0.86 USD; 0.00 USD are spent" in capsys.readouterr().out
+
+
+def test_a_provider_without_a_price_is_named_before_anything_is_written(tmp_path, capsys):
+    assert run(tmp_path / "run", "--config.web.provider=nobody") == 2
+    assert "nobody" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

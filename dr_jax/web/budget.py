@@ -43,6 +43,9 @@ class Spent:
     usd: float = 0.0
 
 
+NOTHING_SPENT = Spent()
+
+
 def estimate_usd(price_usd: float, *, questions: int, rollouts: int, calls: float, steps: int = 1) -> float:
     """What `steps` steps cost at most: every one of `questions` x `rollouts` episodes makes `calls` calls, each for
     `price_usd`, and none is answered by the cache. A search of three queries is three calls."""
@@ -52,8 +55,8 @@ def estimate_usd(price_usd: float, *, questions: int, rollouts: int, calls: floa
 class Budget:
     """Counts what is spent in a run and in its current step, and refuses calls. For one event loop.
 
-    A refused call is a `Failure` (QUOTA_EXHAUSTED), so the episode it meets is not trained on; `begin_step` raises
-    `RolloutHalted` once anything was refused, so a run that is out of money ends at its next step.
+    A refused call is a `Failure` (QUOTA_EXHAUSTED), so the episode it meets is not trained on; `check` and `begin_step`
+    raise `RolloutHalted` once anything was refused, so a run that is out of money ends.
 
     `prices`: US dollars per call, over those of `PRICES`. `spent`: by the run before it was resumed."""
 
@@ -64,7 +67,7 @@ class Budget:
         max_calls: float = math.inf,
         max_bytes: float = math.inf,
         prices: Mapping[str, float] | None = None,
-        spent: Spent = Spent(),
+        spent: Spent = NOTHING_SPENT,
     ):
         for name, value in {"max_usd": max_usd, "max_calls": max_calls, "max_bytes": max_bytes}.items():
             if not value >= 0:
@@ -111,13 +114,17 @@ class Budget:
         self._bytes += count
 
     def begin_step(self) -> None:
-        """Starts the figures of a step; raises `RolloutHalted` where a call was refused before."""
+        """Starts the figures of a step."""
+        self.check()
+        self._step_start = self.run
+
+    def check(self) -> None:
+        """Raises `RolloutHalted` once a call was refused: what came after it is not worth training on."""
         if self._refused:
             raise RolloutHalted(
                 f"the run has spent {self.run.usd:.2f} USD in {self.run.calls} calls: {self._refused} is reached. "
                 "Raise it and start the same command again: it resumes from the last checkpoint."
             )
-        self._step_start = self.run
 
     @property
     def run(self) -> Spent:

@@ -26,7 +26,7 @@ from yarl import URL
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind, Hit, Page
-from dr_jax.web.fetch import Fetcher
+from dr_jax.web.budget import Fetches
 from dr_jax.web.page import EXTRACTOR, Response, extract, from_plain, to_plain
 from dr_jax.web.text import clean_line
 
@@ -230,7 +230,7 @@ class CachedBrowser:
     """The Browser: fetches a page, has its text extracted, and keeps the text."""
 
     def __init__(
-        self, fetcher: Fetcher, cache: Cache, *, extract: Extract = extract_in_thread, max_segment_chars: int = 4000
+        self, fetcher: Fetches, cache: Cache, *, extract: Extract = extract_in_thread, max_segment_chars: int = 4000
     ):
         if max_segment_chars < 1:
             raise ConfigError(f"max_segment_chars: {max_segment_chars} is less than 1; a few thousand is usual")

@@ -19,7 +19,7 @@ from dr_jax.records import Failure, FailureKind, Hit
 from dr_jax.web.breaker import Breaker
 from dr_jax.web.budget import Budget
 from dr_jax.web.http import failure_of, read_body, retry
-from dr_jax.web.search_wire import PROVIDERS, SERPER, Locale, Provider, Refusal, json_provider
+from dr_jax.web.search_wire import PROVIDERS, Locale, Provider, Refusal, json_provider
 from dr_jax.web.text import clean_line
 
 _MAX_QUERY_CHARS = 2048
@@ -177,8 +177,6 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     except ValueError:
         return None
 
-
-SerperSearch = functools.partial(SearchClient, provider=SERPER)
 
 _RETIRED = {
     "bing": "Microsoft ended the Bing Search API on 2025-08-11",

@@ -14,7 +14,7 @@ from dr_jax.records import Failure, FailureKind, Hit, Page
 from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher, _decode, _encode
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.http import open_session
-from dr_jax.web.search import SerperSearch
+from dr_jax.web.search import open_search
 
 HITS = (Hit("Tïtle", "https://a.test/", "snippet"),)
 MISSING = Failure(FailureKind.STATUS, "HTTP 404", 404)
@@ -278,7 +278,9 @@ async def test_a_recorded_session_is_replayed_without_a_network(serve, tmp_path)
             open_session(hosts=hosts) as api,
             Fetcher(hosts=hosts, limits=limits) as fetcher,
         ):
-            search = CachedSearcher(SerperSearch(api, api_key="k", endpoint="http://search.test/search"), cache)
+            search = CachedSearcher(
+                open_search("serper", api, api_key="k", endpoint="http://search.test/search"), cache
+            )
             browser = CachedBrowser(fetcher, cache)
             hits = await search.search("ada", top_k=5)
             pages = [await browser.browse(url) for url in (hits[0].url, hits[0].url + "#x", "http://localhost/", "]")]
@@ -323,7 +325,7 @@ async def test_what_decides_an_answer_is_in_its_key(serve, tmp_path):
         large = await CachedBrowser(fetcher, cache, max_segment_chars=5000).browse("http://site.test/")
         assert (len(small.segments), len(large.segments)) == (10, 1)
         for region in ("us", "de"):
-            client = SerperSearch(api, api_key="k", endpoint="http://search.test/", region=region)
+            client = open_search("serper", api, api_key="k", endpoint="http://search.test/", region=region)
             for top_k in (3, 5):
                 await CachedSearcher(client, cache).search("q", top_k=top_k)
     assert (web.connections, engine.connections) == (2, 4)
