@@ -3,7 +3,7 @@
     python -m dr_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 Hardware: 2 CPU cores, under 4 GiB of memory, no network, no key.
-Expect: a held-out F1 (greedy) of about 0.15 before training; docs/benchmarks.md has what was measured.
+Expect: a held-out F1 (greedy) that rises from about 0.15 to about 0.66; docs/benchmarks.md has what was measured.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 36
+    config.steps = 24  # held-out F1 is flat after about 12
 
     config.questions = ConfigDict()
     config.questions.train = "world:train"

@@ -4,7 +4,7 @@
 
 Demonstrations run through the real episode code against the real embedded site, so what the model learns to write is
 what a run will parse; only questions of the train split are used. Reading exercises between them teach to find a
-fact in its context. About 75 minutes on 2 cores.
+fact in its context. More than an hour on 2 cores.
 """
 
 from __future__ import annotations
