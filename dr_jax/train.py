@@ -114,7 +114,7 @@ class Trainer:
             due = run.eval.every_steps and standing.step % run.eval.every_steps == 0
             if due or standing.step == run.steps:
                 values |= await self.evaluate(host, engine, lines)
-            self.log.write(standing.step, values)
+            self.log.write(standing.step, values | host.budget.metrics())  # evaluations are paid too
             if standing.step % run.checkpoint.every_steps == 0 or standing.step in (until, run.steps):
                 await asyncio.to_thread(self.checkpoints.save, standing.step, standing.state, standing.meta(run))
 
@@ -143,7 +143,6 @@ class Trainer:
         return (
             summary
             | learned
-            | host.budget.metrics()
             | {
                 "num_tokens": float(tokens),
                 "timing_s/gen": generated_s - started_s,
@@ -204,7 +203,7 @@ class Trainer:
         values = {f"eval/{name}": value for name, value in evaluate.scores(episodes).items()}
         lines.note(f"held-out F1 {values['eval/f1']:.3f} over {len(episodes)} questions (step {self.standing.step})")
         if self.standing.step == 0:
-            self.log.write(0, values)
+            self.log.write(0, values | host.budget.metrics())
         return values
 
     def finish(self) -> dict[str, Any]:
@@ -265,7 +264,9 @@ def claim(workdir: pathlib.Path, run: RunConfig) -> Any:
                 f"--workdir: {workdir} was made by another config; nothing was changed. Choose another workdir, or "
                 "undo the difference:\n  " + "\n  ".join(lines)
             )
-    path.write_text(json.dumps(ours, indent=1) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(ours, indent=1) + "\n")
+    partial.replace(path)
     return lock
 
 

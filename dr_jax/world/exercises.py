@@ -1,7 +1,7 @@
 """Reading exercises to pretrain the tiny checkpoint on: a few observations, then what each of them states.
 
-A transcript looks up two or three facts in 700 tokens; an exercise, a dozen in 400. The objects are dealt anew each
-time, so there is nothing to remember: who wants to write them down has to read them.
+A transcript looks up one fact a hop; an exercise, about a dozen in 570 tokens. The objects are dealt anew each time,
+so there is nothing to remember: who wants to write them down has to read them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from dr_jax.world import prose
-from dr_jax.world.lore import RELATIONS, Entity, World
+from dr_jax.world.lore import Entity, World
 from dr_jax.world.pages import url
 
 SUBJECTS = 5  # of one exercise: more make it longer, fewer leave nothing to mix up
@@ -42,7 +42,7 @@ def _dealt(world: World, entity: Entity, rng: random.Random) -> Entity:
 
 
 def _relations(entity: Entity, *, lead: bool) -> list[str]:
-    return [name for name, relation in RELATIONS[entity.kind].items() if relation.lead == lead]
+    return [name for name, relation in entity.relations.items() if relation.lead == lead]
 
 
 def _search_results(entities: Sequence[Entity]) -> str:
