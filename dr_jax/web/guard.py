@@ -146,7 +146,13 @@ def check_hosts(hosts: Hosts) -> dict[str, tuple[str, int]]:
 
 def system_lookup(host: str) -> list[str]:
     """Every address the system's resolver knows for `host`; `socket.gaierror` where it knows none."""
-    infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    try:
+        infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    except socket.gaierror as error:
+        if error.errno != getattr(socket, "EAI_NODATA", None):
+            raise
+        # glibc also says so where there is no IPv6 address and the question for IPv4 failed, or was not asked.
+        infos = socket.getaddrinfo(host, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
     return [str(info[4][0]) for info in infos]
 
 

@@ -52,12 +52,12 @@ ELSEWHERE = {
     56: "tests/web/test_search.py::test_a_provider_that_is_down_is_not_asked_until_a_probe_succeeds",
     57: "tests/web/test_search.py::test_bad_items_are_dropped",
     58: "tests/agent/test_reader.py::test_never_reads_past_its_limit",
+    60: "tests/engine/test_service.py::test_a_crash_of_the_device_thread_answers_everyone",
     63: "tests/web/test_cache.py::test_a_full_disk_costs_the_cache_and_not_the_run",
     64: "tests/web/test_cache.py::test_an_entry_that_was_changed_is_a_miss",
 }
 NOT_BUILT = {
     59: "event loop blocked: there is no watchdog",
-    60: "dead queue consumer: there is no queue, episodes are tasks of one TaskGroup",
     65: "memory watermark: admission does not look at memory",
 }
 
