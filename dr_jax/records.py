@@ -64,6 +64,7 @@ class FailureKind(enum.StrEnum):
     CONNECTION = "connection"
     TIMEOUT = "timeout"
     NOT_RECORDED = "not_recorded"  # replay mode was asked for something the tape does not hold
+    OVERLOADED = "overloaded"  # our own machine had no process, memory or file left for it
     # The request or the page is at fault: the world's honest answer.
     BAD_REQUEST = "bad_request"
     BAD_URL = "bad_url"
@@ -87,6 +88,7 @@ class FailureKind(enum.StrEnum):
 _INFRASTRUCTURE = frozenset({
     FailureKind.RATE_LIMITED, FailureKind.QUOTA_EXHAUSTED, FailureKind.AUTH, FailureKind.PROVIDER_DOWN,
     FailureKind.DNS, FailureKind.CONNECTION, FailureKind.TIMEOUT, FailureKind.NOT_RECORDED,
+    FailureKind.OVERLOADED,
 })  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class ParserPool:
     """`size` parser processes (default: one a core, at most 16), inside `async with` of one event loop.
 
     A call waits for a free worker. A page that is too much for one is `Failure(PARSE_LIMIT)`; another worker takes its
-    place when the next page needs it."""
+    place when the next page needs it. Where this machine cannot start one, the page is `Failure(OVERLOADED)`."""
 
     def __init__(self, size: int | None = None, limits: ParseLimits | None = None):
         if size is not None and size < 1:
@@ -104,10 +104,12 @@ class ParserPool:
         request = json.dumps(header).encode() + b"\n" + response.body
         worker, answer = await self._free.get(), None
         try:
-            if worker is None or not worker.usable:
-                await self._end(worker)
-                worker = await self._start()
-            answer = await worker.parse(request)
+            ready = await self._renewed(worker)
+            if isinstance(ready, Failure):
+                worker, answer = None, ready
+            else:
+                worker = ready
+                answer = await worker.parse(request)
         except (OSError, ValueError, KeyError, TypeError):
             answer = Failure(FailureKind.PARSE_LIMIT, "the parser ended, out of time or memory")
             await self._end(worker)
@@ -117,6 +119,16 @@ class ParserPool:
                 worker.kill()
             self._free.put_nowait(worker)
         return answer
+
+    async def _renewed(self, worker: _Worker | None) -> _Worker | Failure:
+        """`worker` where it can take another page, else one in its place."""
+        if worker is not None and worker.usable:
+            return worker
+        await self._end(worker)
+        try:
+            return await self._start()
+        except OSError as error:  # no process, memory or file left: the page is not to blame
+            return Failure(FailureKind.OVERLOADED, f"no parser process: {os.strerror(error.errno or 0)}")
 
     async def _start(self) -> _Worker:
         process = await asyncio.create_subprocess_exec(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -85,6 +86,22 @@ async def test_a_worker_that_crashes_is_replaced():
         assert await pool.extract(PAGE) == extract(PAGE)
         (second,) = children()
         assert second.pid != first.pid
+
+
+async def test_a_page_that_found_no_process_is_not_to_blame():
+    async with ParserPool(1) as pool:
+        (first,) = children()
+        os.kill(first.pid, signal.SIGKILL)
+        assert (await pool.extract(PAGE)).kind is FailureKind.PARSE_LIMIT
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # no pipe can be opened
+        try:
+            failure = await pool.extract(PAGE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert failure.kind is FailureKind.OVERLOADED
+        assert failure.infrastructure
+        assert await pool.extract(PAGE) == extract(PAGE)
 
 
 async def test_a_call_that_is_cancelled_leaves_no_answer_for_the_next():
