@@ -39,7 +39,7 @@ from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import open_session
 from dr_jax.web.politeness import Manners
-from dr_jax.web.search import find_provider, open_search
+from dr_jax.web.search import UnblockedSearcher, find_provider, open_search
 from dr_jax.web.search_wire import PROVIDERS
 from dr_jax.web.workers import ParserPool
 from dr_jax.world import lore, site
@@ -142,7 +142,7 @@ async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPE
         yield Host(
             chat=Chat.load(model_path(run)),
             preset=preset(run),
-            searcher=CachedSearcher(searcher, cache),
+            searcher=UnblockedSearcher(CachedSearcher(searcher, cache), policy),
             browser=CachedBrowser(
                 MeteredFetcher(fetcher, meter, max_bytes=limits.max_bytes),
                 cache,

@@ -35,7 +35,7 @@ class Web:
     contact: str  # e-mail or URL a web master can reach you at; sent in the user agent
     robots: bool  # obey robots.txt
     min_delay_s: float  # between the starts of two requests to one site
-    blocked_domains: tuple[str, ...]  # never read, nor anything below them; e.g. sites that print a benchmark
+    blocked_domains: tuple[str, ...]  # never read or shown, nor anything below them; e.g. sites that print a benchmark
     reader: str  # 'extractive' = no model
     segment_chars: int  # a page is read in segments of at most this many characters
 

@@ -94,12 +94,12 @@ def admit(url: str | URL, policy: AddressPolicy, hosts: Hosts) -> URL | Failure:
         return Failure(FailureKind.BAD_URL, type(error).__name__)
     if scheme not in ("http", "https") or not host:
         return Failure(FailureKind.BAD_URL, "not an absolute http or https URL")
+    if domain := policy.blocked_domain(host):
+        return Failure(FailureKind.BLOCKLISTED, domain)
     if user is not None or parsed.raw_password is not None:
         return Failure(FailureKind.BAD_URL, "user names and passwords are never sent")
     if port not in policy.ports:
         return Failure(FailureKind.BLOCKED, f"port {port}")
-    if domain := policy.blocked_domain(host):
-        return Failure(FailureKind.BLOCKLISTED, domain)
     if site_name(host) in hosts:
         return parsed
     return _refused_host(host, policy) or parsed

@@ -18,6 +18,7 @@ from dr_jax.interfaces import Searcher
 from dr_jax.records import Failure, FailureKind, Hit
 from dr_jax.web.breaker import Breaker
 from dr_jax.web.budget import Budget
+from dr_jax.web.guard import AddressPolicy, admit
 from dr_jax.web.http import failure_of, read_body, retry
 from dr_jax.web.search_wire import PROVIDERS, Locale, Provider, Refusal, json_provider
 from dr_jax.web.text import clean_line
@@ -129,6 +130,24 @@ class SearchClient:
             return self._provider.hits(json.loads(body))
         except (ValueError, RecursionError):
             return Failure(FailureKind.PROVIDER_DOWN, "the answer is not JSON")
+
+
+class UnblockedSearcher:
+    """A Searcher in front of another one: drops the hits that lie on a domain the policy blocks, because their titles
+    and snippets can give away as much as the pages. Goes in front of the cache: what was kept before a domain was
+    blocked is dropped too."""
+
+    def __init__(self, searcher: Searcher, policy: AddressPolicy):
+        self._searcher, self._policy = searcher, policy
+
+    async def search(self, query: str, *, top_k: int) -> tuple[Hit, ...] | Failure:
+        """At most `top_k` results; fewer where some were dropped."""
+        found = await self._searcher.search(query, top_k=top_k)
+        return found if isinstance(found, Failure) else tuple(hit for hit in found if not self._blocked(hit.url))
+
+    def _blocked(self, url: str) -> bool:
+        refusal = admit(url, self._policy, {})
+        return isinstance(refusal, Failure) and refusal.kind is FailureKind.BLOCKLISTED
 
 
 def _broken(failure: Failure) -> Failure:

@@ -9,8 +9,10 @@ from dr_jax.errors import ConfigError
 from dr_jax.records import FailureKind, Hit
 from dr_jax.web.breaker import Breaker
 from dr_jax.web.budget import Budget
+from dr_jax.web.cache import Cache, CachedSearcher
+from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import open_session
-from dr_jax.web.search import SearchClient, open_search
+from dr_jax.web.search import SearchClient, UnblockedSearcher, open_search
 
 KEY = "canary-4f9d2c"
 
@@ -308,3 +310,33 @@ async def test_a_service_without_a_price_is_found_before_the_run():
     async with open_session() as session:
         with pytest.raises(ConfigError, match="budget.prices: no price for 'json'"):
             open_search("json", session, wire=wire, budget=Budget())
+
+
+async def test_hits_on_a_blocked_domain_are_not_shown_though_they_were_kept(serve, tmp_path):
+    urls = [
+        "http://answers.test/",
+        "https://www.Answers.test:8080/q?x=1",
+        "http://a@answers.test/",
+        "http://fine.test/",
+    ]
+    server = await serve(http({"organic": [{"title": url, "link": url, "snippet": "the answer"} for url in urls]}))
+    blocks = AddressPolicy(blocked_domains=frozenset({"answers.test"}))
+    async with (
+        open_session(hosts={"search.test": ("127.0.0.1", server.port)}) as session,
+        Cache(tmp_path / "web.sqlite") as cache,
+    ):
+        client = open_search("serper", session, api_key=KEY, endpoint="http://search.test/search")
+        shown = [
+            await UnblockedSearcher(CachedSearcher(client, cache), policy).search("who", top_k=10)
+            for policy in (AddressPolicy(), blocks)
+        ]
+        assert cache.stats()["hits"] == 1
+    assert [[hit.url for hit in hits] for hits in shown] == [urls, urls[-1:]]
+
+
+async def test_a_failure_passes_the_filter_of_blocked_domains(serve):
+    server = await serve(http(b"", status="401 Unauthorized"))
+    async with open_session(hosts={"search.test": ("127.0.0.1", server.port)}) as session:
+        client = open_search("serper", session, api_key=KEY, endpoint="http://search.test/search")
+        failure = await UnblockedSearcher(client, AddressPolicy()).search("who", top_k=10)
+    assert failure.kind is FailureKind.AUTH
