@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Iterator
 
 from dr_jax.records import Failure, FailureKind, Page
-from dr_jax.web.page import MAX_CHARS, Heading, Response, page_of
+from dr_jax.web.page import MAX_CHARS, Response, page_of
 from dr_jax.web.text import clean_line
+from dr_jax.web.walk import Heading
 
 MAX_PAGES = 200
 _MARK = b"%PDF-"

@@ -8,7 +8,6 @@ parser that takes the worse side in doubt; it is not a proof.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 _MAX_DEPTH = 1000  # lexbor is quadratic in it: 0.1 s at 10,000, a minute at 100,000; browsers stop at 512
@@ -27,8 +26,8 @@ _TAG = re.compile(
     rf"<(/?)([a-zA-Z][^ \t\n\r\f/>]*+)((?:[ \t\n\r\f/]++|{_ATTRIBUTE.pattern})*+)"
 )
 # Elements whose content is text up to their end tag, except where other rules hold.
-_RAW_END = {name: re.compile(f"</{name}", re.IGNORECASE) for name in ("script", "style", "textarea", "title")}
-_OTHER_RULES = ("svg", "math", "select")
+_RAW = frozenset(str.split("script style textarea title"))
+_OTHER_RULES = frozenset(str.split("svg math select"))
 
 _FORMATTING = frozenset(str.split("a b big code em font i nobr s small strike strong tt u"))
 _SINGLE = frozenset(str.split("a nobr"))  # formatting elements that end the one before
@@ -44,48 +43,53 @@ _FLAT = frozenset(
 def excess(html: str) -> str | None:
     """What in `html` would cost the parser more than a page may, or None."""
     stack: list[str] = []
-    opened: Counter[str] = Counter()  # of the stack
-    active: Counter[str] = Counter()  # formatting elements: an end tag of another element does not end them
+    opened: dict[str, int] = {}  # how many of the stack have this name
+    active = dict.fromkeys(_FORMATTING, 0)  # formatting elements: an end tag of another element does not end them
     formatting = reopened = misnested = options = 0
-    for is_end, name, attributes in _tags(html):
+    for end_mark, name, attributes in _tags(html.lower()):
         if len(attributes) > _LONG_TAG_CHARS and _count_up_to(_ATTRIBUTE, attributes, _MAX_ATTRIBUTES):
             return f"a tag with more than {_MAX_ATTRIBUTES} attributes"
         if name in _FORMATTING:
-            change = -(active[name] > 0) if is_end else name not in _SINGLE or not active[name]
+            change = -(active[name] > 0) if end_mark else name not in _SINGLE or not active[name]
             active[name] += change
             formatting += change
-        reopened += 0 if is_end else formatting
-        options += name == "option"
-        if not is_end and name not in _FLAT:
-            stack.append(name)
-            opened[name] += 1
-        elif is_end and opened[name]:
+        if not end_mark:
+            reopened += formatting
+            if name not in _FLAT:
+                stack.append(name)
+                opened[name] = opened.get(name, 0) + 1
+                if len(stack) > _MAX_DEPTH:
+                    return f"elements nested more than {_MAX_DEPTH} deep"
+            elif name == "option":
+                options += 1
+        elif opened.get(name):
             misnested += stack[-1] != name
             while (last := stack.pop()) != name:
                 opened[last] -= 1
             opened[name] -= 1
-        if len(stack) > _MAX_DEPTH or misnested > _MAX_MISNESTED:
-            return f"elements nested more than {_MAX_DEPTH} deep, or more than {_MAX_MISNESTED} of them wrongly"
-        if reopened > _MAX_REOPENED or options > _MAX_OPTIONS:
-            return "too many unclosed formatting elements or options"
+    if misnested > _MAX_MISNESTED:
+        return f"more than {_MAX_MISNESTED} elements nested wrongly"
+    if reopened > _MAX_REOPENED or options > _MAX_OPTIONS:
+        return "too many unclosed formatting elements or options"
     return None
 
 
-def _tags(html: str) -> Iterator[tuple[bool, str, str]]:
-    """(is an end tag, name, attributes) of each tag outside comments, scripts and styles."""
+def _tags(html: str) -> Iterator[tuple[str, str, str]]:
+    """("/" of an end tag, name, attributes) of each tag of lower-case `html` outside comments, scripts and styles."""
     inside = dict.fromkeys(_OTHER_RULES, 0)
-    match = _TAG.search(html)
-    while match:
-        end = match.end()
-        if match[2]:
-            is_end, name = bool(match[1]), match[2].lower()
-            yield is_end, name, match[3]
-            if name in inside:
-                inside[name] = max(0, inside[name] + (-1 if is_end else 1))
-            elif name in _RAW_END and not is_end and not any(inside.values()):
-                closing = _RAW_END[name].search(html, end)
-                end = closing.start() if closing else len(html)
-        match = _TAG.search(html, end)
+    start = 0
+    while start >= 0:
+        for match in _TAG.finditer(html, start):
+            tag = end_mark, name, _ = match.groups("")
+            if name:  # not a comment
+                yield tag
+            if name in _OTHER_RULES:
+                inside[name] = max(0, inside[name] + (-1 if end_mark else 1))
+            elif name in _RAW and not end_mark and not any(inside.values()):
+                start = html.find(f"</{name}", match.end())
+                break
+        else:
+            return
 
 
 def _count_up_to(pattern: re.Pattern[str], text: str, limit: int) -> bool:

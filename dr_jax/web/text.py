@@ -27,8 +27,9 @@ _UNSAFE = re.compile(
 
 def clean_line(text: str, max_chars: int | None = None) -> str:
     """`text` on one line: runs of white space are one space, and no character can break a terminal or an encoder."""
-    safe = text if text.isprintable() else _UNSAFE.sub("", text)
-    line = " ".join(safe.split())
+    line = " ".join(text.split())
+    if not line.isprintable():
+        line = " ".join(_UNSAFE.sub("", text).split())
     return line if max_chars is None else line[:max_chars].rstrip()
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dr_jax.records import Failure, FailureKind, Page
-from dr_jax.web.page import MAX_CHARS, MAX_LINKS, Response, extract, from_plain, to_plain
+from dr_jax.web.page import MAX_CHARS, Response, extract, from_plain, to_plain
 
 
 def page(html: str | bytes, content_type="text/html; charset=utf-8", **options) -> Page | Failure:
@@ -74,8 +74,10 @@ Genre: Drama
 Genre: Comedy
 Colour, Sound: Yes.
 Alone
+```
 def f():
     return 1 < 2
+```
 One line.
 Another.
 Loose text
@@ -119,15 +121,6 @@ def test_a_main_part_with_next_to_nothing_in_it_is_not_the_page():
     assert len(lines(f"<main><p>Loading</main>{story}")) == 2
 
 
-def test_links_are_absolute_unique_and_only_of_the_web():
-    html = """<base href="https://other.test/dir/"><p><a href="a">first</a> <a href="a#x">again</a>
-    <a href=" b\n ">b</a>
-    <a href="javascript:x()">j</a> <a href="mailto:m@x">m</a> <a href="http://[">bad</a> <a>none</a> <a href="c"></a>
-    <a href="http://lore.test/wiki/Ada#self">self</a>"""
-    assert page(html).links == (("first", "https://other.test/dir/a"), ("b", "https://other.test/dir/b"))
-    assert len(page("".join(f'<p><a href="/{i}">l</a>' for i in range(MAX_LINKS + 9))).links) == MAX_LINKS
-
-
 def test_plain_text_keeps_its_sentences():
     text = b"A title\n\nA sentence that was\nwrapped by hand. And\r\nanother.\n \nLast <b>one</b>."
     assert page(text, "text/plain").segments == (
@@ -165,7 +158,7 @@ def test_a_segment_says_under_which_headings_it_starts():
 
 
 def test_a_comment_in_code_is_no_heading():
-    assert page("<h2>Use</h2><pre># a comment\nx = 1\n# another</pre>", max_segment_chars=16).headings == ("Use",) * 3
+    assert page("<h2>Use</h2><pre># a comment\nx = 1\n# another</pre>", max_segment_chars=16).headings == ("Use",) * 4
 
 
 def test_a_page_and_a_failure_survive_json():
@@ -195,7 +188,7 @@ def test_segments_hold_all_the_text_within_the_limit(blocks, limit):
 
 def test_a_cut_inside_an_indentation_leaves_no_empty_piece():
     cut = page("<pre>x\n" + " " * 150 + "y</pre>", max_segment_chars=100).segments
-    assert cut == ("x\ny",)
+    assert cut == ("```\nx\ny\n```",)
 
 
 def test_text_is_capped_and_says_so():

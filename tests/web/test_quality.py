@@ -18,10 +18,10 @@ MEAN_FLOOR = 0.98
 
 
 def score(path: pathlib.Path) -> float:
-    """F1 of the words of the extracted text, marks of the text format (#, -, |) left aside."""
+    """F1 of the words of the extracted text, marks of the text format (#, -, |, `) left aside."""
     page = extract(Response("http://a.test/", "text/html", path.read_bytes()))
     got, wanted = (
-        Counter(re.findall(r"\w+|[^\w\s#|:,-]", text))
+        Counter(re.findall(r"\w+|[^\w\s#|:,`-]", text))
         for text in ("\n".join(page.segments), path.with_suffix(".txt").read_text())
     )
     return 2 * (got & wanted).total() / (got.total() + wanted.total())
