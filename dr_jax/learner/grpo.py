@@ -13,12 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from dr_jax.batch import PackedBatch
 from dr_jax.errors import ConfigError
-from dr_jax.model import attention, qwen2
+from dr_jax.model import attention, qwen2, splash
 from dr_jax.model.config import ModelConfig
-from dr_jax.model.letters import Rules, constrain
+from dr_jax.model.letters import Rules, axes_of, constrain
 from dr_jax.model.weights import Params
 
 _MAX_LOG_RATIO = 20.0  # nats; beyond it exp() says nothing but overflow
@@ -29,6 +30,9 @@ _MAX_KL = 10.0  # nats per token, as the reference
 # differently, or that has older weights, can do. 'learner': the learner's own, as the reference recomputes it; with one
 # update per batch the ratio is then exactly 1, and nothing of the sampler's rounding reaches the parameters.
 OLD_LOGPS = ("sampler", "learner")
+
+# 'blocks': in XLA, anywhere. 'splash': the TPU's kernel, and nothing but a TPU runs it.
+ATTENTION = {"blocks": lambda segment_bt, rules: attention.packed(segment_bt), "splash": splash.packed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +78,17 @@ def token_logps(
     temperature: float = 1.0,
     chunk: int = 512,
     remat: str = "none",
+    kernel: str = "blocks",
 ) -> tuple[jax.Array, jax.Array]:
     """`logp_bt` of each token given all before it in its segment, and `entropy_bt` of the distribution it came from.
 
     Both f32, nats, of softmax(logits / temperature); 0 on the first token of a segment and on padding. Logits exist for
-    `chunk` columns at a time and are computed again in the backward pass, so `[b, t, v]` never does.
+    `chunk` columns at a time and are computed again in the backward pass, so `[b, t, v]` never does. `kernel` names a
+    row of `ATTENTION`.
     """
     x_btd, _ = qwen2.forward(
         params, config, batch.token_bt, batch.position_bt,
-        attend=attention.packed(batch.segment_bt), rules=rules, remat=remat,
+        attend=ATTENTION[kernel](batch.segment_bt, rules), rules=rules, remat=remat,
     )  # fmt: skip
     next_token_bt = jnp.roll(batch.token_bt, -1, axis=1)  # the last column wraps around; its result is dropped
     next_logp_bt, next_entropy_bt = _head(
@@ -159,24 +165,38 @@ def _head(
     temperature: float,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    rows, length = target_bt.shape
+    length = target_bt.shape[1]
     chunk = min(chunk, length)
     if length % chunk:
         raise ConfigError(f"chunk: {chunk} does not divide rows of {length} tokens. Set learner.chunk to a divisor.")
 
-    # Only two numbers per token outlive the forward pass; the backward pass multiplies for the logits again.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
-    def one_chunk(_, inputs):
-        x_bcd, target_bc = inputs
-        logits_bcv = constrain(qwen2.unembed(params, config, x_bcd), "btv", rules)
-        return None, _pick(logits_bcv / temperature, target_bc)
+    # Rows stay on their chips: gathered once, summed once, the weight is never sent inside the loop over chunks.
+    rows_axes = axes_of(rules.activations["b"])
+    local_rules = dataclasses.replace(rules, activations={**rules.activations, "b": None})
+    weight = "embed" if config.tie_embeddings else "unembed"
 
-    def split(array):
-        return jnp.moveaxis(array.reshape(rows, length // chunk, chunk, *array.shape[2:]), 1, 0)
+    @functools.partial(
+        jax.shard_map,
+        axis_names=set(rows_axes),
+        in_specs=(PartitionSpec(), PartitionSpec(rows_axes), PartitionSpec(rows_axes)),
+        out_specs=PartitionSpec(rows_axes),
+        check_vma=False,
+    )
+    def local(weights: Params, x_btd: jax.Array, target_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Only two numbers per token outlive the forward pass; the backward pass multiplies for the logits again.
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+        def one_chunk(_, inputs):
+            x_bcd, target_bc = inputs
+            logits_bcv = constrain(qwen2.unembed(weights, config, x_bcd), "btv", local_rules)
+            return None, _pick(logits_bcv / temperature, target_bc)
 
-    _, results = jax.lax.scan(one_chunk, None, (split(x_btd), split(target_bt)))
-    logp_bt, entropy_bt = (jnp.moveaxis(result, 0, 1).reshape(rows, length) for result in results)
-    return logp_bt, entropy_bt
+        def split(array):
+            return jnp.moveaxis(array.reshape(-1, length // chunk, chunk, *array.shape[2:]), 1, 0)
+
+        _, results = jax.lax.scan(one_chunk, None, (split(x_btd), split(target_bt)))
+        return tuple(jnp.moveaxis(result, 0, 1).reshape(-1, length) for result in results)
+
+    return local({weight: params[weight]}, x_btd, target_bt)
 
 
 _KEPT = "normaliser"

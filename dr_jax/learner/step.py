@@ -43,6 +43,7 @@ def make_train_step(
     loss: str = "grpo",
     compute_dtype: str = "float32",
     remat: str = "none",
+    kernel: str = "blocks",
     chunk: int = 512,
 ) -> Callable[[TrainState, Params | None, PackedBatch], tuple[TrainState, Metrics]]:
     """A jitted `step(state, ref_params, batch) -> (state, metrics)`; `state` is donated, metrics are f32 scalars.
@@ -59,8 +60,9 @@ def make_train_step(
 
     def terms_of(params: Params, ref_params: Params | None, batch: PackedBatch) -> Terms:
         logps = functools.partial(
-            token_logps, config=config, batch=batch, rules=rules, temperature=cfg.temperature, chunk=chunk, remat=remat
-        )
+            token_logps, config=config, batch=batch, rules=rules, temperature=cfg.temperature, chunk=chunk, remat=remat,
+            kernel=kernel,
+        )  # fmt: skip
         logp_bt, entropy_bt = logps(params)
         if not (loss == "grpo" and cfg.entropy_coef):
             entropy_bt = jax.lax.stop_gradient(entropy_bt)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dr_jax.errors import ConfigError
+from dr_jax.model import splash
 from dr_jax.model.attention import Attend
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.letters import Rules, constrain
@@ -26,7 +27,7 @@ from dr_jax.model.weights import Params
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "mlp": jax.checkpoint_policies.save_only_these_names("gate_btf", "up_btf"),
+    "mlp": jax.checkpoint_policies.save_only_these_names("gate_btf", "up_btf", splash.KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -1,0 +1,66 @@
+"""Attention over packed rows as a TPU kernel: the same values as `attention.packed`, whose scores never leave the chip.
+
+The kernel is JAX's splash attention (Pallas). It sees one chip's rows and heads, so it runs under `shard_map`, and is
+told the placement by the same letters as everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from dr_jax.errors import ConfigError
+from dr_jax.model.attention import Attend
+from dr_jax.model.letters import Rules, spec
+
+LANES = 128  # a row's length must be a multiple of it, and a head at least so wide
+KEPT = "splash_residuals"  # what the backward pass needs of the forward pass, for `qwen2.REMAT`
+_BLOCK = 1024  # queries or keys at a time; larger ones overflow the scratch memory of a v5p
+_COMPUTE = 512  # keys multiplied at a time
+
+
+def packed(segment_bt: jax.Array, rules: Rules, *, interpret: bool = False) -> Attend:
+    """Attention of whole rows: each token to itself and to what came before it in its segment. Leaves `cache` alone.
+
+    Needs a mesh in scope, and a TPU unless `interpret`. Outputs on padding (segment 0) are finite and mean nothing.
+    """
+    length = segment_bt.shape[1]
+    if length % LANES:
+        raise ConfigError(f"splash attention: rows of {length} tokens; need a multiple of {LANES} (batch.row_tokens)")
+    q_spec, k_spec = spec("bnth", rules.activations), spec("bkth", rules.activations)
+
+    def local(q_bnth: jax.Array, k_bkth: jax.Array, v_bkth: jax.Array, segment_bt: jax.Array) -> jax.Array:
+        causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * q_bnth.shape[1])
+        kernel = kernels.make_splash_mha(
+            causal, head_shards=1, q_seq_shards=1, block_sizes=_blocks(length), residual_checkpoint_name=KEPT,
+            interpret=interpret,
+        )  # fmt: skip
+        return jax.vmap(kernel)(q_bnth, k_bkth, v_bkth, kernels.SegmentIds(segment_bt, segment_bt))
+
+    sharded = jax.shard_map(
+        local,
+        in_specs=(q_spec, k_spec, k_spec, spec("bt", rules.activations)),
+        out_specs=q_spec,
+        check_vma=False,
+    )
+
+    def attend(layer: jax.Array, q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, cache: Any):
+        scaled_btnh = q_btnh * jnp.asarray(q_btnh.shape[-1] ** -0.5, q_btnh.dtype)
+        o_bnth = sharded(*(x.swapaxes(1, 2) for x in (scaled_btnh, k_btkh, v_btkh)), segment_bt)
+        return o_bnth.swapaxes(1, 2), cache
+
+    return attend
+
+
+def _blocks(length: int) -> kernels.BlockSizes:
+    block, compute = math.gcd(length, _BLOCK), math.gcd(length, _COMPUTE)
+    return kernels.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=compute,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=compute,
+        block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
