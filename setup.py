@@ -34,7 +34,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]"],  # libtpu: the runtime, and the compiler that tools/plan.py asks
         "pdf": ["pypdfium2>=5"],
         # torch is the other side of the parity tests; nothing in the package imports it.
         "test": [

@@ -4,8 +4,9 @@
         --config.model.path=/data/Qwen2.5-7B-Instruct --config.questions.train=train.parquet \
         --config.questions.heldout=dev.parquet
 
-Hardware: one host of TPU chips, their number in `config.mesh`. This config has not been run at this scale: the numbers
-of the recipe are those of the reference's training script; sizes of the engine and of the mesh are a starting point.
+Hardware: a v5p-8, one host of 4 chips; `deepresearcher_7b_*.py` are the same recipe on pods, and `tools/plan.py` says
+what each of them needs. None has been run at this scale: the numbers of the recipe are those of the reference's
+training script; sizes of the engine and of the mesh are a starting point.
 Expect, from the paper (its figure 4): mean dev F1 from about 0.37 to about 0.54 in 34 steps.
 """
 
@@ -57,7 +58,7 @@ def get_config() -> ConfigDict:
     config.rollout.max_infra_fraction = 0.2
 
     config.engine = ConfigDict()
-    config.engine.slots = 64  # 57,344 bytes of KV a token in bf16: 112 GiB at full context, over the host's chips
+    config.engine.slots = 16  # 57,344 bytes of KV a token in bf16: 28 GiB at full context, over the host's chips
     config.engine.context = 32768  # what Qwen2.5 was trained for
     config.engine.tensor = 4  # the most that 4 kv heads allow
     config.engine.prefill_rows = 4
@@ -68,7 +69,9 @@ def get_config() -> ConfigDict:
     config.model.path = "Qwen2.5-7B-Instruct"  # a local directory
     config.model.dtype = "bfloat16"  # the optimizer keeps f32 beside it
     config.model.remat = "full"  # 32k tokens of activations do not fit otherwise
+    config.model.attention = "splash"  # the TPU's kernel; 'blocks' runs anywhere
 
+    config.topology = "v5p:2x2x1"  # one host of 4 chips, sold as v5p-8; '' = whatever is there
     config.mesh = ConfigDict(dict(data=1, fsdp=4, tensor=1))
     #                       weights    activations
     config.sharding = ConfigDict(

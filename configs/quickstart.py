@@ -65,7 +65,9 @@ def get_config() -> ConfigDict:
     config.model.path = "world"
     config.model.dtype = "float32"
     config.model.remat = "mlp"  # fastest on a CPU, where memory traffic is what costs
+    config.model.attention = "blocks"  # 'splash' is the TPU's kernel
 
+    config.topology = ""  # whatever is there
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
     #                       weights    activations
     config.sharding = ConfigDict(

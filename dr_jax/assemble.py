@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from yarl import URL
 
@@ -25,10 +26,10 @@ from dr_jax.agent.reader import ExtractiveReader
 from dr_jax.engine.service import Engine
 from dr_jax.errors import ConfigError
 from dr_jax.interfaces import Browser, Reader, Sampler, Searcher
-from dr_jax.learner.grpo import GrpoConfig
+from dr_jax.learner.grpo import ATTENTION, GrpoConfig
 from dr_jax.learner.optim import OptimConfig
 from dr_jax.model import hf, letters
-from dr_jax.model.config import ModelConfig
+from dr_jax.model.config import ModelConfig, published
 from dr_jax.model.qwen2 import REMAT
 from dr_jax.records import Question, Sampling
 from dr_jax.run_config import RunConfig, Web
@@ -61,6 +62,10 @@ def check(run: RunConfig) -> None:
     _api_key(run.web)
     if run.model.remat not in REMAT:
         raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
+    if run.model.attention not in ATTENTION:
+        raise ConfigError(f"config.model.attention: got {run.model.attention!r}; allowed: {', '.join(ATTENTION)}")
+    if run.model.attention == "splash" and jax.default_backend() != "tpu":
+        raise ConfigError("config.model.attention: 'splash' needs a TPU; set config.model.attention='blocks'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,33 +207,48 @@ def device(run: RunConfig) -> Device:
     """Checks the mesh against the network and loads the starting weights, each device its own part."""
     path = model_path(run)
     config = ModelConfig.from_hf(path)
-    rules = letters.Rules(
-        weights={letter: _axes(pair, letter)[0] for letter, pair in run.sharding.items()},
-        activations={letter: _axes(pair, letter)[1] for letter, pair in run.sharding.items()},
-    )
-    letters.check_mesh(config, run.mesh, rules)
+    table = rules(run)
+    letters.check_mesh(config, run.mesh, table)
     mesh = letters.make_mesh(run.mesh)
     return Device(
         config=config,
         mesh=mesh,
-        rules=rules,
-        params=hf.load(path, config, mesh=mesh, rules=rules, dtype=run.model.dtype),
-        grpo=GrpoConfig(
-            clip_low=run.grpo.clip_low,
-            clip_high=run.grpo.clip_high,
-            old_logp=run.grpo.old_logp,
-            kl_coef=run.grpo.kl_coef,
-            entropy_coef=run.grpo.entropy_coef,
-            temperature=run.agent.temperature,
-        ),
-        optim=OptimConfig(
-            learning_rate=run.optim.lr,
-            warmup_steps=run.optim.warmup_steps,
-            beta1=run.optim.b1,
-            beta2=run.optim.b2,
-            weight_decay=run.optim.weight_decay,
-            max_grad_norm=run.optim.grad_clip,
-        ),
+        rules=table,
+        params=hf.load(path, config, mesh=mesh, rules=table, dtype=run.model.dtype),
+        grpo=grpo(run),
+        optim=optim(run),
+    )
+
+
+def rules(run: RunConfig) -> letters.Rules:
+    """The sharding table."""
+    return letters.Rules(
+        weights={letter: _axes(pair, letter)[0] for letter, pair in run.sharding.items()},
+        activations={letter: _axes(pair, letter)[1] for letter, pair in run.sharding.items()},
+    )
+
+
+def grpo(run: RunConfig) -> GrpoConfig:
+    """What is optimised."""
+    return GrpoConfig(
+        clip_low=run.grpo.clip_low,
+        clip_high=run.grpo.clip_high,
+        old_logp=run.grpo.old_logp,
+        kl_coef=run.grpo.kl_coef,
+        entropy_coef=run.grpo.entropy_coef,
+        temperature=run.agent.temperature,
+    )
+
+
+def optim(run: RunConfig) -> OptimConfig:
+    """The optimizer's numbers."""
+    return OptimConfig(
+        learning_rate=run.optim.lr,
+        warmup_steps=run.optim.warmup_steps,
+        beta1=run.optim.b1,
+        beta2=run.optim.b2,
+        weight_decay=run.optim.weight_decay,
+        max_grad_norm=run.optim.grad_clip,
     )
 
 
@@ -285,6 +305,12 @@ def model_path(run: RunConfig) -> pathlib.Path:
             "Qwen/Qwen2.5-7B-Instruct, or use 'world' for the tiny model that comes with dr_jax."
         )
     return path
+
+
+def model_config(run: RunConfig) -> ModelConfig:
+    """Sizes of the network: of the checkpoint, or the published ones where the path only names it."""
+    known = published(pathlib.Path(run.model.path).name)
+    return known if known and not pathlib.Path(run.model.path).exists() else ModelConfig.from_hf(model_path(run))
 
 
 @functools.cache

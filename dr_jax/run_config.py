@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+from dr_jax import chips
 from dr_jax.errors import ConfigError
 
 
@@ -80,6 +82,7 @@ class Model:
     path: str  # Hugging Face directory; 'world' = the tiny checkpoint that comes with the embedded world
     dtype: str  # of the parameters: float32 | bfloat16
     remat: str  # a row of model.qwen2.REMAT
+    attention: str  # of the learner, a row of learner.grpo.ATTENTION: 'blocks' anywhere, 'splash' on TPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +133,10 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One run. `mesh` maps axis -> devices; `sharding` maps a letter to its (weights, activations) mesh axes."""
+    """One run. `mesh` maps axis -> devices; `sharding` maps a letter to its (weights, activations) mesh axes.
+
+    `topology` names the TPU slice that the mesh is for, such as 'v5p:4x4x4' (see `chips`); '' = whatever is there.
+    """
 
     seed: int
     steps: int
@@ -141,6 +147,7 @@ class RunConfig:
     rollout: Rollout
     engine: EngineSettings
     model: Model
+    topology: str
     mesh: Mapping[str, int]
     sharding: Mapping[str, tuple[Any, Any]]
     batch: Batch
@@ -188,6 +195,8 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
     for field, choices in _CHOICES.items():
         _require(run, field, lambda value, allowed=choices: value in allowed, f"allowed: {', '.join(choices)}")
     _check_sizes(run)
+    if run.topology:
+        _check_topology(run)
     return run
 
 
@@ -223,6 +232,22 @@ def _check_sizes(run: RunConfig) -> None:
             f"config.batch.rows: {run.batch.rows} is less than questions x rollouts = "
             f"{run.rollout.questions * run.rollout.rollouts}: long episodes could overflow the batch. Raise batch.rows "
             "(rows that stay empty cost nothing)."
+        )
+
+
+def _check_topology(run: RunConfig) -> None:
+    """The slice exists, the mesh covers it, and an engine does not reach beyond one host."""
+    piece = chips.find(run.topology)
+    have = math.prod(run.mesh.values())
+    if have != piece.chips:
+        raise ConfigError(
+            f"config.mesh: {' x '.join(f'{axis}={size}' for axis, size in run.mesh.items())} is {have} devices, "
+            f"{run.topology} ({piece.product}) has {piece.chips} chips. Make the product {piece.chips}."
+        )
+    if run.engine.tensor > min(piece.chips, piece.chip.host_chips):
+        raise ConfigError(
+            f"config.engine.tensor: {run.engine.tensor} chips, a host of {run.topology} has "
+            f"{min(piece.chips, piece.chip.host_chips)} at most. An engine lives on one host: lower it."
         )
 
 

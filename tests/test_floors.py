@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "dr_jax"
 
 # What each room may import from dr_jax besides floor 0 and itself.
-FLOOR_0 = {"errors", "records", "interfaces", "batch", "metrics"}
+FLOOR_0 = {"chips", "errors", "records", "interfaces", "batch", "metrics"}
 ROOMS = {
     "model": set(),
     "engine": {"model"},

@@ -43,6 +43,11 @@ def test_every_shipped_config_resolves(path):
         (lambda c: c["grpo"].update(advantage="median"), "config.grpo.advantage: got 'median'; allowed: std, mean"),
         (lambda c: c.update(optim=3), "config.optim: got 3, need a section"),
         (lambda c: c.update(mesh=3), "config.mesh: got 3, need a table"),
+        (lambda c: c.update(topology="v5p-8"), "config.topology: got 'v5p-8'; need a kind of chip"),
+        (
+            lambda c: c.update(topology="v5e:2x2"),
+            "config.mesh: data=1 x fsdp=1 x tensor=1 is 1 devices, v5e:2x2 .* has 4",
+        ),
         (lambda c: c["batch"].update(micro_rows=7), "config.batch.micro_rows: 7 does not divide"),
         (lambda c: c["batch"].update(row_tokens=64), "config.batch.row_tokens: 64 is less than config.engine.context"),
         (lambda c: c["batch"].update(rows=8, micro_rows=8), "config.batch.rows: 8 is less than questions x rollouts"),

@@ -146,3 +146,9 @@ QWEN2_5: Mapping[str, ModelConfig] = {
     "32B": _qwen2_5(64, 5120, 27648, 40, 8, tied=False),
     "72B": _qwen2_5(80, 8192, 29568, 64, 8, tied=False),
 }
+
+
+def published(name: str) -> ModelConfig | None:
+    """The network called 'Qwen2.5-7B' or 'Qwen2.5-7B-Instruct', if it is one of `QWEN2_5`."""
+    family, _, size = name.removesuffix("-Instruct").partition("-")
+    return QWEN2_5.get(size) if family == "Qwen2.5" else None

@@ -1,0 +1,39 @@
+"""The paper's recipe on a v5p-128: 64 chips with 95 GiB each, 16 hosts.
+
+    python tools/plan.py --config=configs/deepresearcher_7b_v5p128.py     # what it needs and how fast it can be
+
+The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run.
+
+Weights are spread over all 64 chips
+(fsdp) and gathered layer by layer; a chip has memory enough for a row of 32,768 tokens of its own.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("deepresearcher_7b.py")))["get_config"]()
+    config.engine.slots = 64  # of each host's engine
+    config.topology = "v5p:4x4x4"
+    config.mesh = ConfigDict(dict(data=1, fsdp=64, tensor=1))
+    #                       weights    activations
+    config.sharding = ConfigDict(
+        dict(
+            b=(None, ("data", "fsdp")),  # rows: each chip has its own
+            t=(None, None),
+            s=(None, None),
+            d=("fsdp", None),  # channels of weights: 3584 / 64 = 56 a chip
+            f=("tensor", "tensor"),  # tensor=1: whole
+            n=("tensor", "tensor"),
+            k=("tensor", "tensor"),
+            g=(None, None),
+            h=(None, None),
+            l=(None, None),
+            v=("tensor", "tensor"),
+        )
+    )
+    config.batch.micro_rows = 64  # one row a chip
+    return config

@@ -1,0 +1,151 @@
+"""How long a program should take on chips nobody has rented yet: every term by itself, and what it rests on.
+
+    matrix      the compiler's own cycles of every fusion that multiplies, over the clock
+    memory      of everything else: bytes over HBM bandwidth, or the compiler's cycles where those are fewer
+    kernels     FLOPs of Pallas kernels, of which the compiler knows nothing, over the peak times `KERNEL_EFFICIENCY`
+    exposed     bytes on the wire over the links that the group of chips spans; nothing else runs meanwhile
+    overlapped  the same for collectives that run beside other work; only what outlasts all other work counts
+
+Nothing here has been compared with a chip.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from dr_jax.chips import Slice
+from dr_jax.plan import flops, hlo
+from dr_jax.plan.programs import Program
+
+KERNEL_EFFICIENCY = 0.35  # assumed, of the peak: no kernel of ours has been timed on a TPU
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """What is known of a program without a compiler."""
+
+    flops: flops.Flops  # of all chips together
+    lowered: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one chip. Seconds are estimates; `failure` is set where it did not compile, and
+    nothing else is."""
+
+    failure: str = ""
+    compile_s: float = 0.0
+    temp_bytes: int = 0  # what it needs beside its arguments, results included that do not take their place
+    alias_bytes: int = 0
+    hbm_bytes: float = 0.0  # moved
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by the terms above
+    collectives: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # kind -> runs, wire bytes
+
+    @property
+    def step_s(self) -> float:
+        """The terms together."""
+        terms = self.seconds
+        busy = terms["matrix"] + terms["memory"] + terms["kernels"] + terms["exposed"]
+        return max(busy, terms["overlapped"])
+
+
+def trace(program: Program) -> Traced:
+    """The program's multiplications. Shapes that do not fit each other raise here."""
+    with jax.sharding.use_abstract_mesh(_abstract(program.scope)):
+        traced = program.function.trace(*program.args)
+    return Traced(flops.count(traced.jaxpr.jaxpr, dynamic_trips=program.dynamic_trips), traced)
+
+
+def compile_for(program: Program, traced: Traced, piece: Slice) -> Compiled:
+    """Compiles for the slice's chips. A program that is too large for them is a `failure`, not an exception."""
+    started_s = time.monotonic()
+    try:
+        with jax.sharding.use_abstract_mesh(_abstract(program.scope)):
+            compiled = traced.lowered.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return Compiled(failure=_reason(str(error)), compile_s=time.monotonic() - started_s)
+    compile_s = time.monotonic() - started_s
+    memory = compiled.memory_analysis()
+    ops = hlo.read(compiled.as_text(), devices=program.mesh.size, dynamic_trips=program.dynamic_trips)
+    kernel_flops = traced.flops.kernel / program.mesh.size
+    coordinates = [device.coords for device in program.mesh.devices.flat]
+    return Compiled(
+        compile_s=compile_s,
+        temp_bytes=memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        hbm_bytes=sum(op.runs * op.hbm_bytes for op in ops if op.kind in ("matrix", "memory", "kernel")),
+        seconds=seconds(ops, piece, coordinates, kernel_flops),
+        collectives=_by_kind(ops),
+    )
+
+
+def seconds(
+    ops: Sequence[hlo.Op], piece: Slice, coordinates: Sequence[tuple[int, ...]], kernel_flops: float
+) -> dict[str, float]:
+    """Estimated seconds by term."""
+    chip = piece.chip
+    terms = dict(matrix=0.0, memory=0.0, kernels=kernel_flops / (chip.flops_per_s * KERNEL_EFFICIENCY))
+    terms |= dict(exposed=0.0, overlapped=0.0)
+    for op in ops:
+        by_cycles, by_bytes = op.cycles / chip.clock_hz, op.hbm_bytes / chip.hbm_bytes_per_s
+        if op.kind == "matrix":
+            terms["matrix"] += op.runs * by_cycles
+        elif op.kind == "memory":
+            terms["memory"] += op.runs * min(by_cycles, by_bytes)
+        elif op.kind in hlo.COLLECTIVES:
+            took_s = op.runs * wire_bytes(op) / link_bytes_per_s(op.group, piece, coordinates)
+            terms["overlapped" if op.overlapped else "exposed"] += took_s
+    return terms
+
+
+def wire_bytes(op: hlo.Op) -> float:
+    """Bytes that one chip sends in one run of a collective, by the ring algorithm."""
+    n = max(len(op.group), 1)
+    share = (n - 1) / n
+    factor = {"all-reduce": 2 * share, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
+    return op.hbm_bytes * factor.get(op.kind, share)
+
+
+def link_bytes_per_s(group: Sequence[int], piece: Slice, coordinates: Sequence[tuple[int, ...]]) -> float:
+    """What a chip can send to a group: a link for each side that the group spans, two where it spans a whole ring."""
+    places = [coordinates[member] for member in group]
+    links = 0
+    for axis, (side, ring) in enumerate(zip(piece.sides, piece.rings, strict=True)):
+        extent = len({place[axis] for place in places})
+        links += (2 if ring and extent == side else 1) if extent > 1 else 0
+    return max(links, 1) * piece.chip.link_bytes_per_s
+
+
+def _by_kind(ops: Sequence[hlo.Op]) -> dict[str, tuple[int, float]]:
+    found: dict[str, tuple[int, float]] = collections.defaultdict(lambda: (0, 0.0))
+    for op in ops:
+        if op.kind in hlo.COLLECTIVES:
+            runs, sent = found[op.kind]
+            found[op.kind] = (runs + op.runs, sent + op.runs * wire_bytes(op))
+    return dict(found)
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Of abstract arrays with placements."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _abstract(mesh: Any) -> Any:
+    return mesh.abstract_mesh if mesh is not None else jax.sharding.get_abstract_mesh()
+
+
+def _reason(message: str) -> str:
+    """The line of the compiler's message that says how much was wanted."""
+    wanted = [line for line in message.splitlines() if "Used " in line or "exceeded" in line.lower()]
+    return (wanted or message.splitlines())[0].strip()[:300]

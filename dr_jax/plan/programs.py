@@ -1,0 +1,185 @@
+"""The four programs of a run, abstractly: the functions that a run jits, with shapes and placements for arguments.
+
+Nothing is allocated and no weights are read: sizes come from `config.json`, or from the published ones by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dr_jax import assemble, chips
+from dr_jax.batch import PackedBatch
+from dr_jax.engine import cache, decode
+from dr_jax.errors import ConfigError
+from dr_jax.learner.state import TrainState, abstract_state
+from dr_jax.learner.step import make_train_step
+from dr_jax.model import letters, weights
+from dr_jax.model.config import ModelConfig
+from dr_jax.model.weights import Params
+from dr_jax.run_config import RunConfig
+
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted function and what it is called with."""
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    mesh: AnyMesh
+    dynamic_trips: int  # of its one loop whose trips only the data fixes, at their most
+    scope: AnyMesh | None = None  # the mesh that the caller sets
+    reads: int = 1  # how often it must read its arguments, at the least
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """What lies on the chips between programs, as abstract arrays."""
+
+    state: TrainState
+    reference: Params | None
+    batch: PackedBatch
+    engine_params: Params
+    kv_cache: cache.Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A config, checked, with its meshes: of compile-only TPU devices, or abstract ones where there is no compiler."""
+
+    run: RunConfig
+    model: ModelConfig
+    rules: letters.Rules
+    piece: chips.Slice
+    learner: AnyMesh
+    engine: AnyMesh
+    hosts: AnyMesh  # the learner's devices, as engines side by side
+
+
+def has_compiler() -> bool:
+    """Whether the TPU compiler is installed. It needs no TPU."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def setup(run: RunConfig, *, compiler: bool) -> Setup:
+    """Raises `ConfigError` where the config names no slice, or the network does not divide over its meshes."""
+    if not run.topology:
+        raise ConfigError("config.topology: '' names no slice; set it, e.g. --config.topology=v5p:2x2x1")
+    piece, model, rules = chips.find(run.topology), assemble.model_config(run), assemble.rules(run)
+    letters.check_mesh(model, run.mesh, rules)
+    tensor = run.engine.tensor
+    engine_shape = {"data": 1, "fsdp": 1, "tensor": tensor}
+    letters.check_mesh(model, engine_shape, letters.DEFAULT_RULES)
+    if piece.chips % tensor:
+        raise ConfigError(f"config.engine.tensor: {tensor} does not divide the {piece.chips} chips of {run.topology}")
+    host = piece.part(tensor)
+    hosts_shape = {"data": piece.chips // tensor, "fsdp": 1, "tensor": tensor}
+    if not compiler:
+        return Setup(run, model, rules, piece, *map(_abstract_mesh, (run.mesh, engine_shape, hosts_shape)))
+    shape, devices = tuple(run.mesh.values()), list(_devices(piece))
+    devices = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)  # as jax.make_mesh
+    return Setup(
+        run, model, rules, piece,
+        learner=_mesh(devices, run.mesh),
+        engine=_mesh(np.array(_devices(host)), engine_shape),  # which some compilers want whole
+        hosts=_mesh(devices.ravel(), hosts_shape),
+    )  # fmt: skip
+
+
+def resident(s: Setup) -> Resident:
+    """Every array that outlives a program."""
+    run, optim, dtype = s.run, assemble.optim(s.run), jnp.dtype(s.run.model.dtype)
+    rows = NamedSharding(s.learner, letters.spec("bt", s.rules.activations))
+    shape = (run.batch.rows, run.batch.row_tokens)
+    kv = jax.eval_shape(
+        lambda: cache.make(s.model, slots=run.engine.slots, context=run.engine.context, dtype=dtype, sharding=None)
+    )
+    kv_sharding = NamedSharding(s.engine, letters.spec("lbksh", letters.DEFAULT_RULES.activations))
+    return Resident(
+        state=abstract_state(s.model, optim, s.learner, s.rules),
+        reference=_params(s.model, dtype, s.learner, s.rules) if run.grpo.kl_coef else None,
+        batch=PackedBatch(
+            *(jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows) for x in PackedBatch.empty(1, 1))
+        ),
+        engine_params=_params(s.model, dtype, s.engine, letters.DEFAULT_RULES),
+        kv_cache=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kv_sharding), kv),
+    )  # fmt: skip
+
+
+def programs(s: Setup) -> list[Program]:
+    """Learner step, prefill, decode and weight hand-over, as a run calls them."""
+    run, there = s.run, resident(s)
+    step = make_train_step(
+        s.model, assemble.grpo(run), s.learner, s.rules, optim=assemble.optim(run), micro_rows=run.batch.micro_rows,
+        compute_dtype=run.model.dtype, remat=run.model.remat, kernel=run.model.attention,
+    )  # fmt: skip
+    engine = decode.build(s.model, mesh=s.engine, rules=letters.DEFAULT_RULES, steps=run.engine.decode_steps)
+    everywhere = NamedSharding(s.engine, PartitionSpec())
+
+    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
+
+    rows, chunk = min(run.engine.prefill_rows, run.engine.slots), run.engine.prefill_chunk
+    idle = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), decode.inert(run.engine.slots)
+    )
+    full_blocks = -(-run.engine.context // cache.BLOCK)
+    served = (there.engine_params, there.kv_cache)
+    return [
+        Program("learner_step", step, (there.state, there.reference, there.batch), s.learner,
+                run.batch.rows // run.batch.micro_rows),
+        Program("prefill", engine.extend, (*served, numbers(rows), numbers(rows, chunk), numbers(rows, chunk)),
+                s.engine, full_blocks, scope=s.engine),
+        Program("decode", engine.generate, (*served, idle), s.engine, full_blocks, scope=s.engine,
+                reads=run.engine.decode_steps),
+        Program("hand_over", _hand_over(s), (there.state.params,), s.hosts, 1),
+    ]  # fmt: skip
+
+
+def _hand_over(s: Setup) -> Any:
+    """The learner's weights in the engines' dtype and layout: as `engine.set_weights` moves them, on every host."""
+    to = weights.shardings(s.model, s.hosts, letters.DEFAULT_RULES)
+    return jax.jit(lambda params: jax.tree.map(lambda x: x.astype(s.run.model.dtype), params), out_shardings=to)
+
+
+def _params(model: ModelConfig, dtype: Any, mesh: AnyMesh, rules: letters.Rules) -> Params:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        weights.abstract(model, dtype),
+        weights.shardings(model, mesh, rules),
+    )
+
+
+def _devices(piece: chips.Slice) -> list[Any]:
+    """Compile-only devices. libtpu asks the cloud who it is unless it is told, and would take a lock."""
+    told = dict(
+        TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost",
+        TPU_WORKER_ID="0", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )  # fmt: skip
+    for name, value in told.items():
+        os.environ.setdefault(name, value)
+    extra: dict[str, Any] = {"chip_config_name": "megacore"} if piece.kind == "v4" else {}
+    if piece.sides == (1, 1):
+        extra["chips_per_host_bounds"] = (1, 1, 1)
+    wrap = (*piece.rings, False)[:3]
+    return topologies.get_topology_desc(platform="tpu", topology_name=piece.name, wrap=wrap, **extra).devices
+
+
+def _mesh(devices: np.ndarray, shape: Mapping[str, int]) -> Mesh:
+    return Mesh(devices.reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
+    return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))

@@ -1,0 +1,72 @@
+"""The arithmetic, worked by hand; and one small run compiled by the real TPU compiler."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from dr_jax import chips
+from dr_jax.plan import hlo, programs, report
+from dr_jax.plan.estimate import KERNEL_EFFICIENCY, bytes_per_chip, link_bytes_per_s, seconds, wire_bytes
+
+CUBE = chips.find("v5p:4x4x4")
+PLACES = [tuple(map(int, place)) for place in np.ndindex(4, 4, 4)]
+
+
+def test_bytes_on_the_wire():
+    eight = tuple(range(8))
+    wire = {kind: wire_bytes(hlo.Op(kind, "", 1, 800.0, group=eight)) for kind in hlo.COLLECTIVES}
+    assert wire["all-gather"] == wire["all-to-all"] == 700
+    assert wire["all-reduce"] == 1400
+    assert wire["reduce-scatter"] == 5600  # its result is an eighth of what was summed
+    assert wire["collective-permute"] == 800
+    assert wire_bytes(hlo.Op("all-reduce", "", 1, 800.0, group=(3,))) == 0
+
+
+def test_links_that_a_group_can_use():
+    link = CUBE.chip.link_bytes_per_s
+    assert link_bytes_per_s(range(64), CUBE, PLACES) == 6 * link  # three rings, both ways
+    assert link_bytes_per_s(range(4), CUBE, PLACES) == 2 * link  # one ring
+    assert link_bytes_per_s((0, 1), CUBE, PLACES) == link  # neighbours on it
+    pair = chips.find("v5p:2x2x1")
+    assert link_bytes_per_s(range(4), pair, list(np.ndindex(2, 2, 1))) == 2 * pair.chip.link_bytes_per_s
+
+
+def test_every_term_of_the_time():
+    chip = CUBE.chip
+    ops = [
+        hlo.Op("matrix", "", 10, 1.0, cycles=1_750_000),
+        hlo.Op("memory", "", 2, 2765e6, cycles=175_000_000),  # bytes: 1 ms, cycles: 100 ms
+        hlo.Op("memory", "", 1, 2765e9, cycles=1_750_000),  # bytes: 1 s, cycles: 1 ms
+        hlo.Op("all-gather", "", 3, 64 * 540e6 / 63, group=tuple(range(64))),
+        hlo.Op("all-gather", "", 1, 64 * 540e6 / 63, group=tuple(range(64)), overlapped=True),
+    ]
+    terms = seconds(ops, CUBE, PLACES, kernel_flops=chip.flops_per_s * KERNEL_EFFICIENCY / 2)
+    want = dict(matrix=0.01, memory=0.003, kernels=0.5, exposed=0.003, overlapped=0.001)
+    assert terms == pytest.approx(want)
+
+
+def test_bytes_of_placed_arrays():
+    mesh = AbstractMesh((4, 2), ("a", "b"))
+    placed = jax.ShapeDtypeStruct((8, 6), np.float32, sharding=NamedSharding(mesh, PartitionSpec("a", "b")))
+    whole = jax.ShapeDtypeStruct((5,), np.int8, sharding=NamedSharding(mesh, PartitionSpec()))
+    assert bytes_per_chip({"x": placed, "y": whole}) == 2 * 3 * 4 + 5
+
+
+@pytest.mark.slow
+def test_a_run_compiled_for_a_tpu(tiny):
+    """The donated state and cache are reused, and what is predicted is not below what is possible."""
+    if not programs.has_compiler():
+        pytest.skip("needs the TPU compiler: pip install libtpu")
+    plan = report.make(programs.setup(tiny, compiler=True), compiler=True)
+    said = report.summary(plan, "tiny")
+    assert said["fits"] is True
+    state = bytes_per_chip(plan.resident.state)
+    assert plan.compiled[report.LEARNER].alias_bytes >= 0.99 * state
+    assert plan.compiled["decode"].alias_bytes >= bytes_per_chip(plan.resident.kv_cache)
+    assert {"all-gather", "all-reduce"} <= plan.compiled[report.LEARNER].collectives.keys()
+    for name, program in said["programs"].items():
+        assert program["predicted_s"] >= program["ideal_s"], name
+    assert 0 < said["predicted_mfu"] < 1

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dr_jax.plan import programs, report
+from dr_jax.plan.estimate import GIB, Compiled
+
+
+@pytest.fixture(scope="module")
+def plan(read_config):
+    return report.make(programs.setup(read_config("deepresearcher_7b"), compiler=False), compiler=False)
+
+
+PARAMETERS = 7_615_616_512  # of Qwen2.5-7B, as published
+
+
+def test_hbm_by_kind_is_what_one_works_out_by_hand(plan):
+    hbm, chips = report.hbm_gib(plan), 4
+    assert hbm["params"] == pytest.approx(4 * PARAMETERS / chips / GIB, rel=1e-3)
+    assert hbm["optimizer"] == pytest.approx(8 * PARAMETERS / chips / GIB, rel=1e-3)
+    assert hbm["reference"] == pytest.approx(2 * PARAMETERS / chips / GIB, rel=1e-3)
+    assert hbm["engine_params"] == pytest.approx(2 * PARAMETERS / chips / GIB, rel=1e-3)
+    assert hbm["kv_cache"] == 16 * 32768 * 57_344 / chips / GIB
+    assert hbm["activations"] == 28 * 32768 * 3584 * 2 / GIB  # one row a chip, remat keeps each layer's input
+    assert hbm["temporaries"] == 0
+    assert hbm["total"] == pytest.approx(sum(hbm[kind] for kind in hbm if kind not in ("total", "limit")))
+    assert hbm["limit"] == 95
+
+
+def test_without_a_compiler_the_plan_says_so_and_leaves_open_what_it_cannot_know(plan):
+    said = report.summary(plan, "a.py")
+    assert json.loads(json.dumps(said)) == said
+    assert (said["topology"], said["chips"], said["config"]) == ("v5p:2x2x1", 4, "a.py")
+    for name in ("fits", "predicted_step_s", "predicted_mfu", "collective_gb_per_chip", "compile_s"):
+        assert said[name] is None
+    assert "Arithmetic only: the TPU compiler (pip install libtpu) was not asked." in report.table(plan, "a.py")
+
+
+def test_what_does_not_fit_names_the_largest_kinds_and_what_to_change(read_config):
+    run = read_config("deepresearcher_7b", **{"engine.slots": 256})
+    setup = programs.setup(run, compiler=False)
+    plan = report.make(setup, compiler=False)
+    full = dict.fromkeys(plan.programs, Compiled(seconds=dict.fromkeys(TERMS, 1.0), temp_bytes=20 * GIB))
+    plan = report.Plan(setup, plan.resident, plan.programs, plan.traced, full)
+    assert report.summary(plan, "")["fits"] is False
+    assert report.hbm_gib(plan)["activations"] + report.hbm_gib(plan)["temporaries"] == 20
+    assert report.advice(plan).startswith(
+        "kv_cache (112.0 GiB): lower config.engine.slots or config.engine.context; optimizer (14.2 GiB): raise"
+    )
+
+
+TERMS = ("matrix", "memory", "kernels", "exposed", "overlapped")
+
+
+def test_a_program_that_does_not_compile_does_not_fit(plan):
+    broken = {name: Compiled(seconds=dict.fromkeys(TERMS, 1.0)) for name in plan.programs}
+    broken["decode"] = Compiled(failure="Used 40.1G of 31.2G hbm.", compile_s=3.0)
+    failed = report.Plan(plan.setup, plan.resident, plan.programs, plan.traced, broken)
+    said = report.summary(failed, "")
+    assert said["fits"] is False
+    assert said["programs"]["decode"]["failure"] == "Used 40.1G of 31.2G hbm."
+    assert "did not compile: Used 40.1G of 31.2G hbm." in report.table(failed, "")
+
+
+def test_every_array_is_listed_with_its_letters_and_placement(plan):
+    lines = report.shapes(plan).splitlines()
+    rows = {line.split("  ")[0]: " ".join(line.split()) for line in lines}
+    assert rows["params/blocks/attn/q"].endswith("float32[28,3584,28,128] ldnh (-, fsdp, tensor, -) 359,661,568")
+    assert rows["engine/blocks/mlp/down"].endswith("bfloat16[28,18944,3584] lfd (-, tensor, fsdp) 950,534,144")
+    assert rows["cache/k"].endswith("bfloat16[28,16,4,32768,128] lbksh (-, data+fsdp, tensor, -, -) 3,758,096,384")
+    assert rows["batch/token_bt"].endswith("int32[4096,32768] bt (data+fsdp, -) 134,217,728")
