@@ -1,0 +1,322 @@
+"""What the web room costs, over loopback: `python tools/bench_web.py [--json] [--pages 2000]`.
+
+Ratios compare with raw aiohttp on the same pages in the same run, in turns; every figure comes from a fresh process,
+the pages from a server in another. Needs `openssl` for a certificate. Prints a table, with `--json` one line of JSON
+after it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import gzip
+import json
+import os
+import pathlib
+import re
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import aiohttp
+import bench_parse
+
+from dr_jax.records import Failure, Page
+from dr_jax.web.cache import Cache
+from dr_jax.web.fetch import Fetcher, Limits
+from dr_jax.web.guard import AddressPolicy
+from dr_jax.web.http import Timeouts
+from dr_jax.web.page import Response
+
+_BODY = bench_parse.page().body
+_BODY += b"<!-- " + b"x" * ((50 << 10) - len(_BODY) - 9) + b" -->"
+_BOMB_BYTES = 64 << 20  # that a few KB of gzip become
+_AT_ONCE = 128
+_IN_FLIGHT = 1024
+_DELAY_S = 1.0
+
+
+# The server ---------------------------------------------------------------------------------------------------------
+
+
+def _head(*headers: str, status: str = "200 OK") -> bytes:
+    lines = [f"HTTP/1.1 {status}", "Content-Type: text/html", "Connection: close", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n"
+
+
+_PAGE = _head(f"Content-Length: {len(_BODY)}") + _BODY
+_HOSTILE = {
+    "bomb": _head("Content-Encoding: gzip") + gzip.compress(bytes(1 << 20), 9) * (_BOMB_BYTES >> 20),
+    "cut": _head("Content-Length: 99999") + b"half",
+    "no http": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "long header": _head("X: " + "x" * 100_000) + b"x",
+    "loop": _head("Location: http://bad.test/loop", status="302 Found"),
+    "denied address": _head("Location: http://127.0.0.1:{canary}/", status="302 Found"),
+    "denied name": _head("Location: http://rebind.test:{canary}/", status="302 Found"),
+    "metadata": _head("Location: http://169.254.169.254/latest", status="302 Found"),
+    "error": _head("Content-Length: 0", status="500 Oops"),
+    "endless": b"",
+    "silent": b"",
+}
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """/page, /slow, or /hostile/<number>/<canary's port>."""
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, ssl.SSLError):
+        request = await reader.readuntil(b"\r\n\r\n")
+        _, kind, *rest = request.split()[1].decode().split("/")
+        if kind == "hostile":
+            name = list(_HOSTILE)[int(rest[0]) % len(_HOSTILE)]
+            writer.write(_HOSTILE[name].replace(b"{canary}", rest[1].encode()))
+            while name == "endless":
+                writer.write(b"x" * 65536)
+                await writer.drain()
+            if name == "silent":
+                await reader.read()
+        else:
+            if kind == "slow":
+                await asyncio.sleep(_DELAY_S)
+            writer.write(_PAGE)
+        await writer.drain()
+    writer.close()
+
+
+async def _serve(certificate: str) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    servers = [await asyncio.start_server(_answer, "127.0.0.1", 0, backlog=4096, ssl=tls) for tls in (None, context)]
+    print(*(server.sockets[0].getsockname()[1] for server in servers), flush=True)
+    await asyncio.to_thread(sys.stdin.read)  # until the parent is gone
+    os._exit(0)
+
+
+# What is measured ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _lag_ms() -> AsyncIterator[list[float]]:
+    """How late the event loop was, sampled every 5 ms."""
+    lags: list[float] = []
+
+    async def sample() -> None:
+        while True:
+            start_s = time.monotonic()
+            await asyncio.sleep(0.005)
+            lags.append(1e3 * (time.monotonic() - start_s - 0.005))
+
+    task = asyncio.create_task(sample())
+    try:
+        yield lags
+    finally:
+        task.cancel()
+
+
+def _p99(values: list[float]) -> float:
+    return statistics.quantiles(values, n=100)[98]
+
+
+def _peak_mb() -> float:
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
+
+
+async def _all(
+    urls: list[str], fetch: Callable[[str], Awaitable[object]], at_once: int
+) -> list[tuple[str, object, float]]:
+    """(url, answer, seconds) of each, `at_once` in flight."""
+    left, done = iter(urls), []
+
+    async def work() -> None:
+        for url in left:
+            start_s = time.monotonic()
+            answer = await fetch(url)
+            done.append((url, answer, time.monotonic() - start_s))
+
+    await asyncio.gather(*(work() for _ in range(at_once)))
+    return done
+
+
+async def _rate(urls: list[str], fetch: Callable[[str], Awaitable[object]], at_once: int) -> float:
+    start_s = time.monotonic()
+    answers = await _all(urls, fetch, at_once)
+    seconds = time.monotonic() - start_s
+    assert {answer for _, answer, _ in answers} == {len(_BODY)}
+    return len(urls) / seconds
+
+
+def _fetcher(port: int, *, policy: AddressPolicy | None = None, at_once: int = _AT_ONCE) -> Fetcher:
+    limits = Limits(
+        max_concurrent=at_once, max_per_site=at_once, retries=0, break_after=10**9, timeouts=Timeouts(total_s=5.0)
+    )
+    hosts = {name: ("127.0.0.1", port) for name in ("good.test", "bad.test")}
+    return Fetcher(policy, hosts, limits=limits, lookup=lambda _: ["127.0.0.1"])
+
+
+async def _size(fetcher: Fetcher, url: str) -> int | Failure:
+    """Bytes of the page; the page itself is let go, so that memory is the fetcher's."""
+    answer = await fetcher.fetch(url)
+    return answer if isinstance(answer, Failure) else len(answer.body)
+
+
+async def guarded_vs_raw(scheme: str, port: int, pages: int, rounds: int = 5) -> dict[str, float]:
+    """Pages per second of the fetcher and of raw aiohttp, a new connection each; the median ratio of some rounds."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session, _fetcher(port) as fetcher:
+
+        async def raw(url: str) -> int:
+            async with session.get(url) as response:
+                return len(await response.read())
+
+        guarded = functools.partial(_size, fetcher)
+        rates = []
+        for _ in range(rounds):
+            ours = await _rate([f"{scheme}://good.test/page"] * pages, guarded, _AT_ONCE)
+            rates.append((ours, await _rate([f"{scheme}://127.0.0.1:{port}/page"] * pages, raw, _AT_ONCE)))
+    ours, raws = zip(*rates, strict=True)
+    ratio = statistics.median(our / raw for our, raw in rates)
+    return {"ratio": ratio, "guarded_per_s": statistics.median(ours), "raw_per_s": statistics.median(raws)}
+
+
+async def in_flight_1024(port: int, pages: int) -> dict[str, float]:
+    """Fetches from a server that takes a second to answer, 1,024 at once."""
+    async with _fetcher(port, at_once=_IN_FLIGHT) as fetcher, _lag_ms() as lags:
+        rate = await _rate(
+            ["http://good.test/slow"] * max(pages, 4 * _IN_FLIGHT), functools.partial(_size, fetcher), _IN_FLIGHT
+        )
+    return {"pages_per_s": rate, "rss_mb": _peak_mb(), "lag_p99_ms": _p99(lags)}
+
+
+async def hostile(port: int, pages: int) -> dict[str, float]:
+    """Three of ten fetches go to a server that does its worst; the others are compared with the same without it."""
+    reached = 0
+
+    def canary(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal reached
+        reached += 1
+        writer.close()
+
+    async with await asyncio.start_server(canary, "127.0.0.1", 0) as server:
+        denied = server.sockets[0].getsockname()[1]
+        policy = AddressPolicy(ports=frozenset({80, 443, denied}))  # its address alone protects it
+        mixed = [
+            f"http://bad.test/hostile/{i}/{denied}" if i % 10 < 3 else "http://good.test/page" for i in range(pages)
+        ]
+        async with _fetcher(port, policy=policy) as fetcher:
+            fetch = functools.partial(_size, fetcher)
+            clean = await _all(["http://good.test/page"] * pages, fetch, _AT_ONCE)
+            before_mb = _peak_mb()
+            async with _lag_ms() as lags:
+                answers = await _all(mixed, fetch, _AT_ONCE)
+    healthy = [(answer, seconds) for url, answer, seconds in answers if url.endswith("/page")]
+    return {
+        "healthy_ok": sum(answer == len(_BODY) for answer, _ in healthy) / len(healthy),
+        "p99_ratio": _p99([seconds for _, seconds in healthy]) / _p99([seconds for *_, seconds in clean]),
+        "rss_mb": _peak_mb() - before_mb,
+        "lag_max_ms": max(lags),
+        "denied_reached": reached,
+    }
+
+
+async def cache(pages: int) -> dict[str, float]:
+    """Writes, then verified reads, of pages of 50 KB, 64 at once."""
+    text = (_BODY.decode() * 2)[: 50 << 10]
+    page = Page("http://good.test/", "Arn", tuple(text[i : i + 4000] for i in range(0, len(text), 4000)))
+
+    async def ask() -> Page:
+        return page
+
+    with tempfile.TemporaryDirectory() as folder:
+        async with Cache(pathlib.Path(folder) / "web.sqlite") as kept:
+            rates = []
+            for _ in range(2):
+                numbers, start_s = map(str, range(pages)), time.monotonic()
+                await _all(list(numbers), lambda number: kept.through({"n": number}, ask), 64)
+                rates.append(pages / (time.monotonic() - start_s))
+            assert kept.stats()["hits"] == kept.stats()["misses"] == pages
+    return {"hits_per_s": rates[1], "writes_per_s": rates[0]}
+
+
+def _measure(name: str, ports: tuple[int, int], pages: int) -> object:
+    if name == "parse_pages_per_s_core":
+        return bench_parse.inline(Response("http://good.test/", "text/html; charset=utf-8", _BODY), 5.0)
+    return asyncio.run(
+        {
+            "guarded_vs_raw": lambda: guarded_vs_raw("http", ports[0], pages),
+            "guarded_vs_raw_tls": lambda: guarded_vs_raw("https", ports[1], pages),
+            "in_flight_1024": lambda: in_flight_1024(ports[0], pages),
+            "hostile": lambda: hostile(ports[0], pages),
+            "cache": lambda: cache(pages),
+        }[name]()
+    )
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+FIGURES = ("guarded_vs_raw", "guarded_vs_raw_tls", "parse_pages_per_s_core", "in_flight_1024", "hostile", "cache")
+
+
+def _certificate(folder: str) -> str:
+    path = f"{folder}/server.pem"
+    names = "subjectAltName=DNS:good.test,IP:127.0.0.1"
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", f"{path}.key")
+    command = ("openssl", "req", "-x509", *key, "-out", path, "-days", "1", "-subj", "/CN=good.test", "-addext", names)
+    subprocess.run(command, check=True, capture_output=True)
+    with open(path, "a") as both:
+        both.write(pathlib.Path(f"{path}.key").read_text())
+    return path
+
+
+def run(pages: int) -> dict[str, object]:
+    """Every figure, each from a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        certificate = _certificate(folder)
+        here = (sys.executable, __file__)
+        with subprocess.Popen([*here, "--serve", certificate], stdin=-1, stdout=-1, text=True) as server:
+            ports = server.stdout.readline().split()
+            trusting = {**os.environ, "SSL_CERT_FILE": certificate}
+            return {
+                name: json.loads(
+                    subprocess.run(
+                        [*here, "--pages", str(pages), "--measure", name, *ports],
+                        env=trusting,
+                        check=True,
+                        stdout=subprocess.PIPE,
+                    ).stdout
+                )
+                for name in FIGURES
+            }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one line of JSON after the table")
+    parser.add_argument("--pages", type=int, default=2000, help="of each measurement")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        asyncio.run(_serve(options.serve))
+    elif options.measure:
+        name, *ports = options.measure
+        print(json.dumps(_measure(name, (int(ports[0]), int(ports[1])), options.pages)))
+    else:
+        _report(run(options.pages), options.json)
+
+
+def _report(figures: dict[str, object], as_json: bool) -> None:
+    for name, value in figures.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for part, number in parts:
+            print(f"{f'{name} {part}':40} {number:10.3f}")
+    if as_json:
+        ratios = {name: figures[name]["ratio"] for name in ("guarded_vs_raw", "guarded_vs_raw_tls")}
+        print(json.dumps({**figures, **ratios}))
+
+
+if __name__ == "__main__":
+    main()
