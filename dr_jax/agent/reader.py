@@ -38,8 +38,9 @@ class ExtractiveReader:
 
     A sentence scores the inverse frequency (over the sentences read) of each content word that it shares with the
     question or the query, title words at a quarter; one that shares nothing but title words is quoted only where no
-    other does better. Reading stops after `max_segments`; a page about something else (most of its title is not asked
-    for) also where the first `patience` segments share nothing but title words.
+    other does better. Parts whose headings speak of what is asked for are read first. Reading stops after
+    `max_segments`; a page about something else (most of its title is not asked for) also where the first `patience`
+    segments share nothing but title words.
     *Differs from the paper*, whose reader is a language model.
     """
 
@@ -54,7 +55,7 @@ class ExtractiveReader:
 
     def _read(self, page: Page, wanted: str, notes: Sequence[str]) -> tuple[tuple[int, str], ...]:
         wanted_words, title = _stems(wanted), _stems(page.title)
-        sentences = self._walk(page.segments, wanted_words, title)
+        sentences = self._walk(page, wanted_words, title)
         weight = _weights(wanted_words, title, sentences)
         # What repeats the question alone, such as a heading, tells nothing; nor does what is known.
         news = [s for s in sentences if s.words - wanted_words and not any(s.text in note for note in notes)]
@@ -63,20 +64,20 @@ class ExtractiveReader:
         chosen = set(map(id, self._within_limits(ranked)))
         return _by_segment(s for s in news if id(s) in chosen)
 
-    def _walk(self, segments: Sequence[str], wanted: frozenset[str], title: frozenset[str]) -> list[_Sentence]:
-        """What is read before the reader gives up."""
+    def _walk(self, page: Page, wanted: frozenset[str], title: frozenset[str]) -> list[_Sentence]:
+        """What is read before the reader gives up, in the order of the page."""
         sentences: list[_Sentence] = []
         relevant = 2 * len(title & wanted) > len(title)
-        for index, segment in enumerate(segments[: self.max_segments]):
-            if index == self.patience and not relevant:
+        for count, index in enumerate(_jumping(page, wanted - title)[: self.max_segments]):
+            if count == self.patience and not relevant:
                 break
-            for text in _SENTENCE_END.split(segment):
+            for text in _SENTENCE_END.split(page.segments[index]):
                 text = " ".join(text.split())[: self.max_chars]
                 words = _stems(text)
                 relevant = relevant or bool(words & wanted - title)
                 if words and not text.startswith("#"):
                     sentences.append(_Sentence(index, text, words))
-        return sentences
+        return sorted(sentences, key=lambda sentence: sentence.segment)
 
     def _within_limits(self, ranked: Iterable[_Sentence]) -> Iterator[_Sentence]:
         quoted: set[str] = set()
@@ -85,6 +86,12 @@ class ExtractiveReader:
             if len(quoted) < self.max_sentences and len(sentence.text) <= room and sentence.text not in quoted:
                 quoted.add(sentence.text)
                 yield sentence
+
+
+def _jumping(page: Page, telling: frozenset[str]) -> list[int]:
+    """The segments of `page`, first those that lie under a heading with one of the words `telling`."""
+    promising = {i for i, path in enumerate(page.headings) if _stems(path) & telling}
+    return sorted(range(len(page.segments)), key=lambda index: index not in promising)
 
 
 def _by_segment(sentences: Iterable[_Sentence]) -> tuple[tuple[int, str], ...]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from dr_jax.agent.reader import ExtractiveReader
@@ -92,3 +94,25 @@ async def test_repeated_sentences_are_quoted_once():
     page = Page("http://a", "Moon", ("The moon has a spouse here.",) * 3)
     found = await read(page, "spouse?", query="")
     assert sum(text.count("spouse") for _, text in found) == 1
+
+
+LATE = "In 1999 she married Kim Lee."
+LONG = Page(
+    "http://a",
+    "Alda Brent - Lore",
+    (*paragraphs(30, f"## Spouse\n{LATE}"), *paragraphs(5, "Her spouse is not named here.")),
+    headings=(*["Alda Brent > Career"] * 30, "Alda Brent > Spouse", *["Alda Brent > Reception"] * 6),
+)
+
+
+async def test_jumps_to_the_part_whose_heading_speaks_of_what_is_asked_for():
+    question = "Whom did the spouse of Alda Brent name when they married?"
+    without = dataclasses.replace(LONG, headings=())
+    assert await read(LONG, question, max_segments=1) == ((30, LATE),)
+    assert await read(without, question, max_segments=30) == ()
+    assert (await read(without, question, max_segments=31))[-1] == (30, LATE)
+
+
+async def test_what_was_read_out_of_order_is_quoted_in_reading_order():
+    page = Page("http://a", "Alda", ("Her spouse paints.", "Her spouse sings."), headings=("Life", "Spouse"))
+    assert await read(page, "spouse?", query="") == ((0, "Her spouse paints."), (1, "Her spouse sings."))
