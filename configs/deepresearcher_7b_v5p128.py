@@ -4,8 +4,8 @@
 
 The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run.
 
-Weights are spread over all 64 chips
-(fsdp) and gathered layer by layer; a chip has memory enough for a row of 32,768 tokens of its own.
+Weights are spread over all 64 chips (fsdp) and gathered layer by layer; a chip has memory enough for a row of 32,768
+tokens of its own.
 """
 
 import pathlib

@@ -4,8 +4,10 @@
 
 The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run.
 
-Four chips share a row of 32,768 tokens
-(tensor), which no chip of 32 GiB holds beside everything else; 16 such groups share the weights (fsdp).
+Four chips share a row of 32,768 tokens (tensor), which no chip of 32 GiB holds beside everything else; 16 such groups
+share the weights (fsdp).
+Export LIBTPU_INIT_ARGS=--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 for the plan and for the run: by the
+compiler's own cycles, products cut into a loop over the fsdp ring take three times as long (docs/benchmarks.md).
 """
 
 import pathlib
