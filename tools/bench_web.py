@@ -55,12 +55,12 @@ _HOSTILE = {
     "cut": _head("Content-Length: 99999") + b"half",
     "no http": b"SSH-2.0-OpenSSH_9.2\r\n",
     "long header": _head("X: " + "x" * 100_000) + b"x",
-    "loop": _head("Location: http://bad.test/loop", status="302 Found"),
+    "loop": _head("Location: again", status="302 Found"),
     "denied address": _head("Location: http://127.0.0.1:{canary}/", status="302 Found"),
     "denied name": _head("Location: http://rebind.test:{canary}/", status="302 Found"),
     "metadata": _head("Location: http://169.254.169.254/latest", status="302 Found"),
     "error": _head("Content-Length: 0", status="500 Oops"),
-    "endless": b"",
+    "endless": _head(),
     "silent": b"",
 }
 
