@@ -32,6 +32,7 @@ setup(
         "tensorboardX>=2.6",
         "matplotlib>=3.8",
         "tqdm>=4.66",
+        "packaging>=24",  # tools/doctor.py compares versions
     ],
     extras_require={
         "tpu": ["jax[tpu]"],  # libtpu: the runtime, and the compiler that tools/plan.py asks

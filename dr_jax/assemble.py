@@ -59,7 +59,7 @@ def check(run: RunConfig) -> None:
     model_path(run)
     find_provider(_provider(run.web))
     budget(run)
-    _api_key(run.web)
+    api_key(run.web)
     if run.model.remat not in REMAT:
         raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
     if run.model.attention not in ATTENTION:
@@ -126,13 +126,11 @@ async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPE
         parsers = await stack.enter_async_context(ParserPool())
         cache = await stack.enter_async_context(Cache(workdir / "web.sqlite", web.cache_mode, web.cache_ttl_s))
         # An engine of the user's own may be at a private address; only this session may go there, never the fetcher.
-        session = await stack.enter_async_context(
-            open_session(hosts={**hosts, **_own_engine(web)}, contact=web.contact)
-        )
+        session = await stack.enter_async_context(open_session(hosts={**hosts, **own_engine(web)}, contact=web.contact))
         searcher = open_search(
             _provider(web),
             session,
-            api_key=_api_key(web),
+            api_key=api_key(web),
             max_concurrent=web.max_concurrent_searches,
             budget=meter,
             **settings,
@@ -326,7 +324,7 @@ def _questions(source: str, count: int) -> tuple[Question, ...]:
     return question_files.load(source)
 
 
-def _own_engine(web: Web) -> dict[str, tuple[str, int]]:
+def own_engine(web: Web) -> dict[str, tuple[str, int]]:
     """The endpoint's name and the (ip, port) to dial for it, where the run names one."""
     if not web.endpoint_address:
         return {}
@@ -340,7 +338,8 @@ def _own_engine(web: Web) -> dict[str, tuple[str, int]]:
     return {name: (address.strip("[]"), int(port))}
 
 
-def _api_key(web: Web) -> str:
+def api_key(web: Web) -> str:
+    """What the provider is to be given; ConfigError where the run needs a key and the environment holds none."""
     if web.provider == WORLD:
         return "embedded"  # the embedded engine takes any
     if web.provider in PROVIDERS and not PROVIDERS[web.provider].key_variable:

@@ -19,13 +19,13 @@ from dr_jax.run_config import RunConfig, resolve
 
 
 def run(
-    command: Callable[[RunConfig, flags.FlagValues], None],
+    command: Callable[[RunConfig, flags.FlagValues], int | None],
     values: flags.FlagValues,
     *,
     about: str,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """The exit code of `command`, called with the resolved --config and the parsed flags of `values`.
+    """The exit code of `command`, called with the resolved --config and the parsed flags of `values`; None is 0.
 
     `about` is what --help says before it lists the flags; `argv` is the process's own where it is None.
     """
@@ -39,14 +39,13 @@ def run(
         return 0
     try:
         _parse(values, argv)
-        command(resolve(values.config.to_dict()), values)
+        return command(resolve(values.config.to_dict()), values) or 0
     except RolloutHalted as halted:
         print(f"halted: {halted}", file=sys.stderr)
         return 3
     except DrJaxError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:

@@ -65,6 +65,12 @@ def load(
         return weights.tree(config, leaf)
 
 
+def check(directory: str | pathlib.Path, config: ModelConfig) -> None:
+    """Raises `CheckpointError` unless whole files hold the tensors of `config`; reads their headers only."""
+    with contextlib.ExitStack() as stack:
+        _check(_open(pathlib.Path(directory), stack), config, directory)
+
+
 def save(
     params: Params,
     config: ModelConfig,
