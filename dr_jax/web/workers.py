@@ -43,9 +43,14 @@ class ParseLimits:
             raise ConfigError(f"memory_bytes: {self.memory_bytes} is less than 256 MiB; a worker needs them to start")
 
 
+class _NotStartedError(Exception):
+    """A worker ended before it had seen a page."""
+
+
 @dataclasses.dataclass(eq=False)
 class _Worker:
     process: asyncio.subprocess.Process
+    ready: bool = False  # it has said so: its imports went well
     pages: int = 0
 
     @property
@@ -53,10 +58,13 @@ class _Worker:
         return self.process.returncode is None and self.pages < _RECYCLE_PAGES
 
     async def parse(self, request: bytes) -> Page | Failure:
-        """The worker's answer. Raises where there is none, or not one of ours."""
+        """The worker's answer. Raises where there is none, or not one of ours; `_NotStartedError` before any page."""
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None
         assert stdout is not None
+        if not self.ready and not await stdout.readline():
+            raise _NotStartedError
+        self.ready = True
         stdin.write(request)
         await stdin.drain()
         answer = from_plain(json.loads(await stdout.readline()))
@@ -84,8 +92,12 @@ class ParserPool:
         self._living: set[_Worker] = set()
 
     async def __aenter__(self) -> Self:
-        for worker in [await self._start() for _ in range(self._size)]:
-            self._free.put_nowait(worker)
+        try:
+            for _ in range(self._size):
+                self._free.put_nowait(await self._start())
+        except BaseException:  # nobody will leave a pool that could not be entered
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -110,6 +122,10 @@ class ParserPool:
             else:
                 worker = ready
                 answer = await worker.parse(request)
+        except _NotStartedError:
+            answer = Failure(FailureKind.OVERLOADED, "a parser process ended before it had started")
+            await self._end(worker)
+            worker = None
         except (OSError, ValueError, KeyError, TypeError):
             answer = Failure(FailureKind.PARSE_LIMIT, "the parser ended, out of time or memory")
             await self._end(worker)
@@ -156,6 +172,8 @@ class ParserPool:
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO, cpu_s: float) -> None:
+    answers.write(b"\n")  # ready
+    answers.flush()
     while line := requests.readline():
         header = json.loads(line)
         response = Response(header["url"], header["content_type"], requests.read(header["bytes"]))

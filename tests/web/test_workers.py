@@ -90,6 +90,7 @@ async def test_a_worker_that_crashes_is_replaced():
 
 async def test_a_page_that_found_no_process_is_not_to_blame():
     async with ParserPool(1) as pool:
+        await pool.extract(PAGE)
         (first,) = children()
         os.kill(first.pid, signal.SIGKILL)
         assert (await pool.extract(PAGE)).kind is FailureKind.PARSE_LIMIT
@@ -102,6 +103,29 @@ async def test_a_page_that_found_no_process_is_not_to_blame():
         assert failure.kind is FailureKind.OVERLOADED
         assert failure.infrastructure
         assert await pool.extract(PAGE) == extract(PAGE)
+
+
+async def test_a_worker_that_ends_before_its_first_page_is_not_the_pages_fault():
+    async with ParserPool(1) as pool:
+        (first,) = children()
+        first.suspend()  # before it has said that it is ready: its imports take longer than this
+        os.kill(first.pid, signal.SIGKILL)
+        assert (await pool.extract(PAGE)).kind is FailureKind.OVERLOADED
+        assert await pool.extract(PAGE) == extract(PAGE)
+
+
+async def test_a_pool_that_cannot_be_entered_leaves_no_process():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 12, hard))  # enough for some workers, not for 16
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            async with ParserPool(16):
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not children()
 
 
 async def test_a_call_that_is_cancelled_leaves_no_answer_for_the_next():
