@@ -199,6 +199,7 @@ class Trainer:
             episodes = await evaluate.heldout(
                 self.run, host, engine, self.heldout, today=self.standing.today, on_episode=lambda e: bar.update(1)
             )
+        host.budget.check()  # scores of the questions that were still paid for are not those of all
         self.standing.infra_failures += sum(e.infra_failures for e in episodes)
         values = {f"eval/{name}": value for name, value in evaluate.scores(episodes).items()}
         lines.note(f"held-out F1 {values['eval/f1']:.3f} over {len(episodes)} questions (step {self.standing.step})")

@@ -153,6 +153,14 @@ def test_a_run_that_is_out_of_budget_halts_untrained_and_goes_on_when_the_budget
     assert rows(tmp_path)[-1]["budget/run_calls"] > calls + 1
 
 
+def test_an_evaluation_that_is_out_of_budget_is_not_logged(tmp_path, capsys):
+    assert run(tmp_path, "--config.budget.max_calls=1") == 3
+    assert "budget.max_calls = 1 is reached" in capsys.readouterr().err
+    assert rows(tmp_path) == []
+    assert run(tmp_path, "--stop_after=1") == 0
+    assert "eval/f1" in rows(tmp_path)[0]
+
+
 def test_what_a_run_can_cost_is_said_before_it_spends_anything(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "k")
     paid = ["--config.web.provider=serper", "--config.web.endpoint=http://127.0.0.1:9/search"]
@@ -160,7 +168,7 @@ def test_what_a_run_can_cost_is_said_before_it_spends_anything(tmp_path, capsys,
     assert "4 steps cost at most 0.86 USD; 0.00 USD are spent" in capsys.readouterr().out
 
 
-def test_a_provider_without_a_price_is_named_before_anything_is_written(tmp_path, capsys):
+def test_a_provider_that_nothing_describes_is_named_before_anything_is_written(tmp_path, capsys):
     assert run(tmp_path / "run", "--config.web.provider=json") == 2
-    assert "no price for 'json'" in capsys.readouterr().err
+    assert "missing 2 required keyword-only arguments: 'query' and 'results'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
