@@ -160,11 +160,13 @@ def test_a_machine_that_is_too_small(tmp_path):
     huge = json.loads((CHECKPOINT / "config.json").read_text()) | {"num_hidden_layers": 10**9}
     (tmp_path / "config.json").write_text(json.dumps(huge))
 
-    def few_files():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
-
     settings = (f"--config.model.path={tmp_path}", "--config.mesh.fsdp=64", f"--workdir={tmp_path}")
-    done = call(*settings, preexec_fn=few_files)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))  # inherited
+    try:
+        done = call(*settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert done.returncode == 1
     found = lines(done)
     for name, says in {
