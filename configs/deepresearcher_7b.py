@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     config.web.key_variable = "SERPER_API_KEY"
     config.web.endpoint = ""  # Serper's own
     config.web.endpoint_address = ""
+    config.web.wire = ConfigDict()  # for provider 'json', any other API
+    config.web.region, config.web.language = "us", "en"
     config.web.max_concurrent_searches = 64  # Serper's packages allow 50 to 300 queries a second
     config.web.cache_mode = "live"
     config.web.cache_ttl_s = 7 * 24 * 3600.0  # the reference's 7 days

@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
     config.web.key_variable = "SERPER_API_KEY"  # unused here: the embedded engine takes any key
     config.web.endpoint = ""  # the embedded engine's own, as is its address
     config.web.endpoint_address = ""
+    config.web.wire = ConfigDict()  # for provider 'json', any other API
+    config.web.region, config.web.language = "us", "en"
     config.web.max_concurrent_searches = 64
     config.web.cache_mode = "record"
     config.web.cache_ttl_s = 7 * 24 * 3600.0  # the reference's 7 days

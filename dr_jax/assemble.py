@@ -40,8 +40,8 @@ from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import open_session
 from dr_jax.web.politeness import Manners
-from dr_jax.web.search import UnblockedSearcher, find_provider, open_search
-from dr_jax.web.search_wire import PROVIDERS
+from dr_jax.web.search import SearchClient, UnblockedSearcher, find_provider
+from dr_jax.web.search_wire import Provider
 from dr_jax.web.workers import ParserPool
 from dr_jax.world import lore, site
 from dr_jax.world import questions as world_questions
@@ -57,7 +57,6 @@ def check(run: RunConfig) -> None:
     """Raises `ConfigError` for every mistake that can be known before anything is opened, loaded or written."""
     preset(run)
     model_path(run)
-    find_provider(_provider(run.web))
     budget(run)
     api_key(run.web)
     if run.model.remat not in REMAT:
@@ -115,25 +114,25 @@ async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPE
     async with contextlib.AsyncExitStack() as stack:
         web = run.web
         hosts: Mapping[str, tuple[str, int]] = {}
-        settings = {}
+        endpoint = web.endpoint
         if web.provider == WORLD:
-            settings = {"endpoint": f"http://{site.SEARCH_HOST}/search"}
+            endpoint = f"http://{site.SEARCH_HOST}/search"
             if web.cache_mode != "replay":
                 hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
-        elif web.endpoint:
-            settings = {"endpoint": web.endpoint}
         # Before the cache, so that it closes after it: a page cut short at the end must not be kept as unreadable.
         parsers = await stack.enter_async_context(ParserPool())
         cache = await stack.enter_async_context(Cache(workdir / "web.sqlite", web.cache_mode, web.cache_ttl_s))
         # An engine of the user's own may be at a private address; only this session may go there, never the fetcher.
         session = await stack.enter_async_context(open_session(hosts={**hosts, **own_engine(web)}, contact=web.contact))
-        searcher = open_search(
-            _provider(web),
+        searcher = SearchClient(
             session,
+            search_provider(web),
             api_key=api_key(web),
+            endpoint=endpoint,
+            region=web.region,
+            language=web.language,
             max_concurrent=web.max_concurrent_searches,
             budget=meter,
-            **settings,
         )
         # The one site of the embedded web is ours: politeness limits are for other people's.
         limits = Limits(max_per_site=Limits.max_concurrent) if web.provider == WORLD else Limits()
@@ -169,7 +168,7 @@ def budget(run: RunConfig, spent: Spent = NOTHING_SPENT) -> Budget:
         prices=prices,
         spent=spent,
     )
-    meter.price_usd(_provider(run.web))  # a provider without a price is a mistake to hear of now
+    meter.price_usd(search_provider(run.web).name)  # a provider without a price is a mistake to hear of now
     return meter
 
 
@@ -177,7 +176,7 @@ def cost_usd(run: RunConfig, steps: int) -> float:
     """What `steps` steps cost at most: every turn of every episode a search with all its queries, none in the cache."""
     limits = preset(run)
     return estimate_usd(
-        budget(run).price_usd(_provider(run.web)),
+        budget(run).price_usd(search_provider(run.web).name),
         questions=run.rollout.questions,
         rollouts=run.rollout.rollouts,
         calls=(limits.max_turns - 1) * limits.max_queries,
@@ -185,8 +184,10 @@ def cost_usd(run: RunConfig, steps: int) -> float:
     )
 
 
-def _provider(web: Web) -> str:
-    return WORLD_PROVIDER if web.provider == WORLD else web.provider
+def search_provider(web: Web) -> Provider:
+    """The wire of the search API that the run asks; ConfigError where there is none of this name."""
+    wire = {"endpoint": web.endpoint, **web.wire} if web.provider == "json" else {}
+    return find_provider(WORLD_PROVIDER if web.provider == WORLD else web.provider, wire)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +343,7 @@ def api_key(web: Web) -> str:
     """What the provider is to be given; ConfigError where the run needs a key and the environment holds none."""
     if web.provider == WORLD:
         return "embedded"  # the embedded engine takes any
-    if web.provider in PROVIDERS and not PROVIDERS[web.provider].key_variable:
+    if not search_provider(web).key_header:
         return ""
     key = os.environ.get(web.key_variable, "")
     if not key and web.cache_mode != "replay":

@@ -31,6 +31,9 @@ class Web:
     key_variable: str  # name of the environment variable that holds the provider's key; unused where it needs none
     endpoint: str  # where the provider is asked, for one of your own such as 'searxng'; '' = the provider's public one
     endpoint_address: str  # 'ip:port' to dial for it where it is a private address; '' = as its name resolves
+    wire: Mapping[str, Any]  # of provider 'json', any other API: the arguments of web.search_wire.json_provider
+    region: str  # whose results are wanted: an ISO 3166 country such as 'us'; not every provider can be told
+    language: str  # ISO 639, such as 'en'
     max_concurrent_searches: int
     cache_mode: str  # live | record | replay
     cache_ttl_s: float

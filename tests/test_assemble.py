@@ -82,6 +82,30 @@ async def test_a_search_engine_of_ones_own_is_asked_at_its_private_address_and_n
     assert isinstance(page, Failure)  # what the search client may reach, a model's URL may not
 
 
+async def test_any_other_search_api_is_asked_as_the_config_describes_it(run, tmp_path):
+    async def answer(request: web.Request) -> web.Response:
+        asked = await request.json()
+        return web.json_response({"items": [{"link": "http://kite.example/", "name": asked["text"]}]})
+
+    site = web.Application()
+    site.router.add_post("/find", answer)
+    async with TestServer(site) as server:
+        wire = {"query": "text", "results": "items", "title": "name", "url": "link"}
+        own = changed(
+            run, "web", provider="json", endpoint="http://find.test/find", wire=wire,
+            endpoint_address=f"127.0.0.1:{server.port}",
+        )  # fmt: skip
+        own = changed(own, "budget", prices={"json": 0.0})
+        assemble.check(own)
+        async with assemble.host(own, tmp_path) as host:
+            hits = await host.searcher.search("Kite", top_k=3)
+    assert [(hit.title, hit.url) for hit in hits] == [("Kite", "http://kite.example/")]
+    with pytest.raises(ConfigError, match=r"search\.wire: .*queri"):
+        assemble.check(changed(own, "web", wire=wire | {"queri": "text"}))
+    with pytest.raises(ConfigError, match="no price for 'json'"):
+        assemble.check(changed(own, "budget", prices={}))
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:http", ":"])
 async def test_an_address_that_cannot_be_dialled_is_named(run, tmp_path, address):
     own = changed(run, "web", provider="searxng", endpoint="http://searx.test/search", endpoint_address=address)

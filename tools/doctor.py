@@ -268,17 +268,15 @@ def provider(run: RunConfig, values: FlagValues) -> list[Finding]:
     """The client can be opened with the key of the environment, which is not shown and not sent."""
     from dr_jax import assemble
     from dr_jax.web.http import open_session
-    from dr_jax.web.search import find_provider
+    from dr_jax.web.search import SearchClient
 
     web = run.web
     if not _asks_somebody(run):
         return [Finding("provider", "ok", f"{_alone(run)} needs no key")]
 
     async def open_client() -> None:
-        endpoint = {"endpoint": web.endpoint} if web.endpoint else {}
-        client = find_provider(web.provider)
         async with open_session(hosts=assemble.own_engine(web)) as session:
-            client(session, api_key=assemble.api_key(web), **endpoint)
+            SearchClient(session, assemble.search_provider(web), api_key=assemble.api_key(web), endpoint=web.endpoint)
 
     asyncio.run(open_client())
     key = (
@@ -293,12 +291,11 @@ def egress(run: RunConfig, values: FlagValues) -> list[Finding]:
     """Whether the provider's server answers at all, and how far its clock is from ours."""
     from dr_jax import assemble
     from dr_jax.records import Failure
-    from dr_jax.web.search_wire import PROVIDERS
 
     if not _asks_somebody(run):
         return [Finding("egress", "ok", f"{_alone(run)} needs no network"), Finding("clock", "-", "nobody was asked")]
     web = run.web
-    endpoint = web.endpoint or (PROVIDERS[web.provider].endpoint if web.provider in PROVIDERS else "")
+    endpoint = web.endpoint or assemble.search_provider(web).endpoint
     if not endpoint:
         return [Finding("egress", "-", "no endpoint to ask"), Finding("clock", "-", "nobody was asked")]
     host = urllib.parse.urlsplit(endpoint).hostname  # what follows it may hold a token

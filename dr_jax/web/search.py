@@ -4,10 +4,9 @@ like "nothing found"."""
 from __future__ import annotations
 
 import asyncio
-import functools
 import ipaddress
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -203,27 +202,22 @@ _RETIRED = {
 }
 
 
-def find_provider(provider: str) -> Callable[..., Searcher]:
-    """The client of this name, to be called with (session, **settings); `ConfigError` names the others where there is
-    none. `json` is any other API: its client also takes `wire`, the arguments of `search_wire.json_provider`."""
+def find_provider(provider: str, wire: Mapping[str, Any] | None = None) -> Provider:
+    """The provider of this name; `ConfigError` names the others where there is none. `json` is any other API: `wire`
+    holds the arguments of `search_wire.json_provider`."""
     if provider in PROVIDERS:
-        return functools.partial(SearchClient, provider=PROVIDERS[provider])
-    if provider == "json":
-        return _open_json
-    why = _RETIRED.get(provider, "unknown provider")
-    raise ConfigError(f"search.provider: {provider!r}: {why}. Use one of: {', '.join([*PROVIDERS, 'json'])}")
-
-
-def _open_json(
-    session: aiohttp.ClientSession, *, wire: Mapping[str, Any] | None = None, **settings: Any
-) -> SearchClient:
+        return PROVIDERS[provider]
+    if provider != "json":
+        why = _RETIRED.get(provider, "unknown provider")
+        raise ConfigError(f"search.provider: {provider!r}: {why}. Use one of: {', '.join([*PROVIDERS, 'json'])}")
     try:
-        provider = json_provider(**(wire or {}))
+        return json_provider(**(wire or {}))
     except TypeError as error:  # a name that is missing or unknown
         raise ConfigError(f"search.wire: {error}") from error
-    return SearchClient(session, provider, **settings)
 
 
-def open_search(provider: str, session: aiohttp.ClientSession, **settings: Any) -> Searcher:
-    """The client of `provider`, a name that `find_provider` knows, with its own settings."""
-    return find_provider(provider)(session, **settings)
+def open_search(
+    provider: str, session: aiohttp.ClientSession, *, wire: Mapping[str, Any] | None = None, **settings: Any
+) -> Searcher:
+    """The client of `find_provider(provider, wire)`, with its own settings."""
+    return SearchClient(session, find_provider(provider, wire), **settings)
