@@ -37,6 +37,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],  # libtpu: the runtime, and the compiler that tools/plan.py asks
         "pdf": ["pypdfium2>=5"],
+        "redis": ["redis>=6"],  # a web cache that several hosts share
         # torch is the other side of the parity tests; nothing in the package imports it.
         "test": [
             "pytest>=8",
@@ -46,6 +47,7 @@ setup(
             "torch==2.13.0",
             "psutil>=6",
             "pypdfium2>=5",
+            "redis>=6",
         ],
     },
 )

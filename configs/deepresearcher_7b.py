@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.web.wire = ConfigDict()  # for provider 'json', any other API
     config.web.region, config.web.language = "us", "en"
     config.web.max_concurrent_searches = 64  # Serper's packages allow 50 to 300 queries a second
+    config.web.cache = ""  # a file in the workdir; 'redis://host:6379/0' where several hosts share it
     config.web.cache_mode = "live"
     config.web.cache_ttl_s = 7 * 24 * 3600.0  # the reference's 7 days
     config.web.contact = ""  # yours: site owners must be able to reach whoever fetches

@@ -34,6 +34,7 @@ from dr_jax.model.qwen2 import REMAT
 from dr_jax.records import Question, Sampling
 from dr_jax.run_config import RunConfig, Web
 from dr_jax.task import questions as question_files
+from dr_jax.web import store
 from dr_jax.web.budget import NOTHING_SPENT, Budget, MeteredFetcher, Spent, estimate_usd
 from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher
 from dr_jax.web.fetch import Fetcher, Limits
@@ -59,6 +60,7 @@ def check(run: RunConfig) -> None:
     model_path(run)
     budget(run)
     api_key(run.web)
+    store.check(run.web.cache)
     if run.model.remat not in REMAT:
         raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
     if run.model.attention not in ATTENTION:
@@ -121,7 +123,7 @@ async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPE
                 hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
         # Before the cache, so that it closes after it: a page cut short at the end must not be kept as unreadable.
         parsers = await stack.enter_async_context(ParserPool())
-        cache = await stack.enter_async_context(Cache(workdir / "web.sqlite", web.cache_mode, web.cache_ttl_s))
+        cache = await stack.enter_async_context(open_cache(web, workdir))
         # An engine of the user's own may be at a private address; only this session may go there, never the fetcher.
         session = await stack.enter_async_context(open_session(hosts={**hosts, **own_engine(web)}, contact=web.contact))
         searcher = SearchClient(
@@ -337,6 +339,12 @@ def own_engine(web: Web) -> dict[str, tuple[str, int]]:
             "beside an endpoint such as 'http://searx.internal/search'"
         )
     return {name: (address.strip("[]"), int(port))}
+
+
+def open_cache(web: Web, workdir: pathlib.Path) -> Cache:
+    """The run's own file, or the server that its hosts share."""
+    where = web.cache or workdir / "web.sqlite"
+    return Cache(where, web.cache_mode, web.cache_ttl_s, password=os.environ.get("REDIS_PASSWORD", ""))
 
 
 def api_key(web: Web) -> str:

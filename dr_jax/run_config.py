@@ -35,6 +35,7 @@ class Web:
     region: str  # whose results are wanted: an ISO 3166 country such as 'us'; not every provider can be told
     language: str  # ISO 639, such as 'en'
     max_concurrent_searches: int
+    cache: str  # '' = web.sqlite in the workdir; 'redis://host:port/0' where hosts share it (password: REDIS_PASSWORD)
     cache_mode: str  # live | record | replay
     cache_ttl_s: float
     contact: str  # e-mail or URL a web master can reach you at; sent in the user agent

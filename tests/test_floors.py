@@ -87,6 +87,8 @@ def test_single_importers():
         if "transformers" in packages(path):
             assert where in ("agent/chat.py", "model/hf.py")
         assert "transformers" not in packages(path, top_only=True), where
+        if "redis" in packages(path):
+            assert where == "web/store.py"
         if {"absl", "ml_collections"} & packages(path):
             assert where in ("entry.py", "train.py", "evaluate.py", "ask.py")
 

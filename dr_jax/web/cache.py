@@ -1,8 +1,8 @@
-"""What the web said, kept in an SQLite file: a cache (`live`), or a tape to make (`record`) and to run from (`replay`).
+"""What the web said, kept in a store: a cache (`live`), or a tape to make (`record`) and to run from (`replay`).
 
 Values are compressed JSON, never pickle, with a hash over key and content that is verified on every read: a flipped bit
-is a miss. Failures of the infrastructure are never kept, so an outage is never remembered as an answer. All SQL runs in
-one thread; the event loop never waits for the disk.
+is a miss. Failures of the infrastructure are never kept, so an outage is never remembered as an answer. The store is
+asked in threads, so that the event loop never waits for it; a store that fails costs its entries, not the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import pathlib
-import sqlite3
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,8 +25,11 @@ from yarl import URL
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind, Hit, Page
+from dr_jax.web import store
+from dr_jax.web.breaker import Breaker
 from dr_jax.web.budget import Fetches
 from dr_jax.web.page import EXTRACTOR, Response, extract, from_plain, to_plain
+from dr_jax.web.store import Entry, StoreError
 from dr_jax.web.text import clean_line
 
 MODES = ("live", "record", "replay")
@@ -35,15 +37,17 @@ Value = tuple[Hit, ...] | Page | Failure
 
 _DAY_S = 86_400.0
 _NEGATIVE_TTL_S = 600.0
+_STORE, _STORE_REST_S = "store", 15.0  # how long a store that failed again and again is not asked
 _BROKEN_ANSWER = frozenset({FailureKind.TRUNCATED, FailureKind.PROTOCOL_ERROR})  # likely gone at the next attempt
 _log = logging.getLogger(__name__)
 
 
 class Cache:
     """Answers by request. `live`: fresh entries are served, others asked for. `record`: the same, but kept for ever.
-    `replay`: nothing is asked for; what the file does not hold is `Failure(NOT_RECORDED)`.
+    `replay`: nothing is asked for; what the store does not hold is `Failure(NOT_RECORDED)`.
 
-    Concurrent equal requests are asked once (`shared` counts the others)."""
+    `path`: an SQLite file, or the 'redis://host:port/number' that several hosts share (`store.open_store`).
+    Concurrent equal requests of one cache are asked once (`shared` counts the others); two hosts may ask both."""
 
     def __init__(
         self,
@@ -51,21 +55,27 @@ class Cache:
         mode: str = "live",
         ttl_s: float = 7 * _DAY_S,
         *,
+        password: str = "",
         clock: Callable[[], float] = time.time,
     ):
         if mode not in MODES:
             raise ConfigError(f"cache.mode: {mode!r} is not one of {', '.join(MODES)}")
-        if mode == "replay" and not pathlib.Path(path).is_file():
+        where = str(path)
+        if mode == "replay" and not store.can_replay(where):
             raise ConfigError(f"cache.path: nothing to replay at {path}; run with cache.mode='record' first")
         self._mode, self._ttl_s, self._clock = mode, ttl_s, clock
         self._flights: dict[str, _Flight] = {}
         self._counts: collections.Counter[str] = collections.Counter()
-        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="web-cache")
+        self._breaker = Breaker(threshold=2 * store.threads(where), cool_s=_STORE_REST_S)
+        self._threads = concurrent.futures.ThreadPoolExecutor(store.threads(where), thread_name_prefix="web-cache")
+        drop_before_s = 0.0 if mode == "replay" else clock()
         try:
-            self._db = self._thread.submit(_open, str(path), 0.0 if mode == "replay" else clock()).result()
-        except sqlite3.Error as error:
-            self._thread.shutdown()
-            raise ConfigError(f"cache.path: {path} cannot be used as a cache ({error}); move it away") from error
+            self._store = self._threads.submit(
+                store.open_store, where, drop_before_s=drop_before_s, password=password
+            ).result()
+        except ConfigError:
+            self._threads.shutdown()
+            raise
 
     async def __aenter__(self) -> Self:
         return self
@@ -75,11 +85,11 @@ class Cache:
         for task in flights:
             task.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
-        await self._in_thread(self._db.close)
-        self._thread.shutdown()
+        await self._in_thread(self._store.close)
+        self._threads.shutdown()
 
     def stats(self) -> dict[str, int]:
-        """Requests so far: `hits`, `misses`, `shared` (joined one in flight); `errors` of entries and of the disk."""
+        """Requests so far: `hits`, `misses`, `shared` (joined one in flight); `errors` of entries and of the store."""
         return {name: self._counts[name] for name in ("hits", "misses", "shared", "errors")}
 
     async def through(self, request: Mapping[str, Any], ask: Callable[[], Awaitable[Value]]) -> Value:
@@ -107,7 +117,7 @@ class Cache:
             del self._flights[key]
 
     async def _answer(self, key: str, ask: Callable[[], Awaitable[Value]]) -> Value:
-        kept = await self._in_thread(self._get, key)
+        kept = await self._asked(self._get, key)
         if kept is not None:
             self._counts["hits"] += 1
             return kept
@@ -117,7 +127,7 @@ class Cache:
         value = await ask()
         ttl_s = self._kept_for_s(value)
         if ttl_s > 0:
-            await self._in_thread(self._put, key, value, self._clock() + ttl_s)
+            await self._asked(self._put, key, value, self._clock() + ttl_s)
         return value
 
     def _kept_for_s(self, value: Value) -> float:
@@ -129,33 +139,34 @@ class Cache:
             return self._ttl_s
         return 0.0 if value.kind in _BROKEN_ANSWER else min(_NEGATIVE_TTL_S, self._ttl_s)
 
+    async def _asked(self, work: Callable[..., Any], *args: Any) -> Any:
+        """`work` of the store; None where it fails, or failed so often that it is left alone for a while."""
+        if self._breaker.admit(_STORE):
+            return None
+        try:
+            answer = await self._in_thread(work, *args)
+        except StoreError as error:
+            self._breaker.record(_STORE, failed=True)
+            self._alarm(str(error))
+            return None
+        self._breaker.record(_STORE, failed=False)
+        return answer
+
     async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     def _get(self, key: str) -> Value | None:
-        try:
-            row = self._db.execute("SELECT expires_s, value, hash FROM entry WHERE key = ?", (key,)).fetchone()
-            if row is None:
-                return None
-            expires_s, blob, digest = row
-            if self._mode != "replay" and expires_s <= self._clock():
-                return None
-            if digest == _digest(key, expires_s, blob):
-                return _decode(zlib.decompress(blob))
-            self._alarm("an entry does not match its hash")
-        except sqlite3.Error as error:
-            self._alarm(str(error))
+        entry = self._store.get(key)
+        if entry is None or (self._mode != "replay" and entry.expires_s <= self._clock()):
+            return None
+        if entry.digest == _digest(key, entry.expires_s, entry.blob):
+            return _decode(zlib.decompress(entry.blob))
+        self._alarm("an entry does not match its hash")
         return None
 
     def _put(self, key: str, value: Value, expires_s: float) -> None:
         blob = zlib.compress(_encode(value), 3)
-        try:
-            self._db.execute(
-                "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)",
-                (key, expires_s, blob, _digest(key, expires_s, blob)),
-            )
-        except sqlite3.Error as error:  # a full disk costs us the cache, not the run
-            self._alarm(str(error))
+        self._store.put(key, Entry(expires_s, blob, _digest(key, expires_s, blob)))
 
     def _alarm(self, message: str) -> None:
         if not self._counts["errors"]:
@@ -167,18 +178,6 @@ class Cache:
 class _Flight:
     task: asyncio.Task[Value]
     waiters: int = 0
-
-
-def _open(path: str, expired_s: float) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None)  # every statement its own transaction
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last entries, never the file
-    db.execute("PRAGMA busy_timeout=5000")
-    db.execute(
-        "CREATE TABLE IF NOT EXISTS entry (key TEXT PRIMARY KEY, expires_s REAL, value BLOB, hash BLOB) WITHOUT ROWID"
-    )
-    db.execute("DELETE FROM entry WHERE expires_s <= ?", (expired_s,))
-    return db
 
 
 def _digest(key: str, expires_s: float, blob: bytes) -> bytes:

@@ -207,7 +207,7 @@ async def test_closing_stops_what_is_in_flight(tmp_path):
 
 async def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path, caplog):
     async with Cache(tmp_path / "c.sqlite") as cache:
-        await cache._in_thread(cache._db.execute, "PRAGMA max_page_count=1")
+        await cache._in_thread(cache._store._db.execute, "PRAGMA max_page_count=1")
         page = Page("http://a.test/", "t", (os.urandom(40_000).hex(),))
         source = Source(page)
         assert await ask(cache, source) == page
