@@ -50,7 +50,7 @@ from dr_jax.world import questions as world_questions
 WORLD = "world"  # in a config: the embedded web, its questions, and the tiny checkpoint that goes with it
 WORLD_PROVIDER = "serper"  # whose JSON the embedded search engine speaks
 WORLD_SEED = 0  # the checkpoint was pretrained in this world
-WORLD_HOPS = {1: 0.35, 2: 0.35, 3: 0.2, 4: 0.1}  # share of questions by number of hops
+WORLD_HOPS = {1: 0.4, 2: 0.4, 3: 0.14, 4: 0.06}  # share of questions by number of hops: a chain takes up to 9 turns
 CHECKPOINT = pathlib.Path(__file__).parent / "world" / "checkpoint"
 
 

@@ -4,7 +4,7 @@
 
 Demonstrations run through the real episode code against the real embedded site, so what the model learns to write is
 what a run will parse; only questions of the train split are used. Reading exercises between them teach to find a
-fact in its context. More than an hour on 2 cores.
+fact in its context. About two hours on 2 cores.
 """
 
 from __future__ import annotations
@@ -89,6 +89,9 @@ ROUNDS = (
     Round(Authors(0.4, Habits(guess=0.15, skim=0.85, stop=0.85)), 5000, 0, 900, 1.2e-3, 0.1),
     Round(NOBODY, 0, 3800, 420, 1.2e-3, 0.1),
     Round(Authors(0.35, Habits(guess=0.15, skim=0.87, stop=0.87)), 2500, 1000, 450, 1e-3, 0.1),
+    Round(NOBODY, 0, 9000, 1300, 1.2e-3, 0.1),
+    Round(NOBODY, 0, 5400, 600, 1e-3, 0.1),
+    Round(Authors(0.3, Habits(guess=0.15, skim=0.89, stop=0.89)), 2500, 1000, 450, 1e-3, 0.1),
 )
 SCHEDULE = ((0.6, 1.0), (0.25, 0.3), (0.15, 0.1))  # of a round: (share of the steps, share of the peak rate)
 
