@@ -3,7 +3,7 @@
     python -m dr_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 Hardware: 2 CPU cores, under 4 GiB of memory, no network, no key.
-Expect: a held-out F1 (greedy) that rises from about 0.15 to about 0.66; docs/benchmarks.md has what was measured.
+Expect: a held-out F1 (greedy) that rises from about 0.19 to about 0.76; docs/benchmarks.md has what was measured.
 """
 
 from ml_collections import ConfigDict
