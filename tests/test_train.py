@@ -61,6 +61,18 @@ def test_four_steps_are_two_steps_a_stop_and_two_more_bitwise(whole, tmp_path, c
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["4 devices", "8 devices"])
+def test_the_first_step_is_the_same_on_more_devices(mesh, whole, tmp_path):
+    """Same questions, same tokens, same update: only the order of sums may differ."""
+    sizes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    assert run(tmp_path, *sizes, "--stop_after=1") == 0
+    sharded, alone = rows(tmp_path), rows(whole)[:2]
+    assert [row.keys() for row in sharded] == [row.keys() for row in alone]
+    for ours, theirs in zip(sharded, alone, strict=True):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
 def test_a_finished_run_leaves_all_it_promised(whole, capsys):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["steps"] == 4
