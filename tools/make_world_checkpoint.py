@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import random
 import tempfile
@@ -56,6 +57,7 @@ CONTROL_TOKENS = (  # Qwen2.5's, in its order
 # As Qwen2.5's, but a capital starts a token of its own: a name is spelled alike after a space, a quote or a slash, so
 # that copying one never means translating it.
 WORDS = r"'s\b| ?\p{Ll}+|\p{Lu}\p{Ll}*|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s"
+TOKENIZER_EPISODES = 1500  # careful transcripts that the tokenizer is trained on
 VOCAB = 2048  # every name of the world is one or two tokens, every year is one
 CONFIG = ModelConfig(
     vocab_size=VOCAB, num_layers=4, d_model=128, d_ff=256, num_heads=4, num_kv_heads=2, head_dim=32,
@@ -129,35 +131,43 @@ transcripts and {exercises:,} reading exercises. It is good for nothing else.
 
 
 def main(_: Sequence[str]) -> None:
-    out, started_s = pathlib.Path(_OUT.value), time.monotonic()
+    make(pathlib.Path(_OUT.value), _SEED.value, ROUNDS, TOKENIZER_EPISODES)
+
+
+def make(out: pathlib.Path, seed: int, rounds: Sequence[Round], tokenizer_episodes: int) -> None:
+    """Writes the checkpoint of `rounds` to `out`, with a tokenizer trained on so many careful transcripts."""
+    started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         base = pathlib.Path(folder)
-        asyncio.run(train_tokenizer(base))
-        params = weights.init(CONFIG, jax.random.key(_SEED.value), "float32")
-        for number, round_ in enumerate(ROUNDS):
-            segments = asyncio.run(collect(base, number, round_))
+        asyncio.run(train_tokenizer(base, seed, tokenizer_episodes))
+        params = weights.init(CONFIG, jax.random.key(seed), "float32")
+        for number, round_ in enumerate(rounds):
+            segments = asyncio.run(collect(base, number, round_, seed))
             print(f"round {number}: {len(segments)} texts, {time.monotonic() - started_s:.0f} s", flush=True)
-            params = pretrain(params, segments, number, round_)
+            params = pretrain(params, segments, round_, random.Random(f"{seed}/{number}"))
+        (base / "README.md").write_text(model_card(rounds))
         hf.save(params, CONFIG, base_dir=base, out_dir=out, dtype="bfloat16")
 
 
-async def train_tokenizer(base: pathlib.Path) -> None:
-    """Fills `base` with all but weights; its tokenizer is trained on careful transcripts."""
+async def train_tokenizer(base: pathlib.Path, seed: int, episodes: int) -> None:
+    """Fills `base` with all but weights and card; its tokenizer is trained on careful transcripts."""
     write_base(base, make_tokenizer(()))
     # A token a byte makes long prompts: the limits of the preset are meant for the real tokenizer.
     roomy = dataclasses.replace(PRESET, context_tokens=60_000, max_turn_tokens=4000, observation_tokens=8000)
     async with open_host(base) as (run, host):
-        sample = await demonstrate(run, dataclasses.replace(host, preset=roomy), 1500, 0, Authors(1.0, CAREFUL))
+        sample = await demonstrate(
+            run, dataclasses.replace(host, preset=roomy), episodes, episode.seed_of(seed, 0), Authors(1.0, CAREFUL)
+        )
         if any(e.reward < 1 for e in sample):
             raise AssertionError("a careful demonstration was not rewarded in full: world and agent disagree")
         write_base(base, make_tokenizer(host.chat.decode(transcript(e)[0]) for e in sample))
 
 
-async def collect(base: pathlib.Path, number: int, round_: Round) -> list[Segment]:
-    """The transcripts and exercises of one round."""
-    world, rng = assemble.embedded_world(), random.Random(f"{_SEED.value}/{number}/exercises")
+async def collect(base: pathlib.Path, number: int, round_: Round, seed: int) -> list[Segment]:
+    """The transcripts and exercises of round `number`."""
+    world, rng = assemble.embedded_world(), random.Random(f"{seed}/{number}/exercises")
     async with open_host(base) as (run, host):
-        records = await demonstrate(run, host, round_.episodes, number, round_.authors)
+        records = await demonstrate(run, host, round_.episodes, episode.seed_of(seed, number), round_.authors)
     segments = [segment_of(record, round_.observation_weight) for record in records]
     exercises = (exercise(world, rng) for _ in range(round_.exercises))
     return segments + [exercise_segment(host.chat, *texts, round_.observation_weight) for texts in exercises]
@@ -186,9 +196,9 @@ def settings(base: pathlib.Path) -> RunConfig:
     return resolve(config.to_dict())
 
 
-async def demonstrate(run: RunConfig, host: assemble.Host, count: int, number: int, authors: Authors) -> list[Episode]:
-    """Rewarded episodes of `authors` on train questions of round `number`."""
-    world, seed = assemble.embedded_world(), episode.seed_of(_SEED.value, number)
+async def demonstrate(run: RunConfig, host: assemble.Host, count: int, seed: int, authors: Authors) -> list[Episode]:
+    """Rewarded episodes of `authors` on `count` train questions."""
+    world = assemble.embedded_world()
     chains = questions.sample_chains(world, "train", seed, count, assemble.WORLD_HOPS)
     asked = [questions.question(world, chain) for chain in chains]
     chain_of = dict(zip([q.id for q in asked], chains, strict=True))
@@ -238,10 +248,11 @@ def exercise_segment(
     return Segment(token, weight, np.zeros(len(token), np.float32), 0.0)
 
 
-def pretrain(params: weights.Params, segments: Sequence[Segment], number: int, round_: Round) -> weights.Params:
-    """`params` after round `number`: the schedule's steps of next-token prediction."""
-    mesh, rules = letters.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}), letters.DEFAULT_RULES
-    source, state = batches(segments, random.Random(f"{_SEED.value}/{number}")), None
+def pretrain(params: weights.Params, segments: Sequence[Segment], round_: Round, rng: random.Random) -> weights.Params:
+    """`params` after the steps of one round: next-token prediction on `segments`, in an order drawn from `rng`."""
+    devices = math.gcd(jax.device_count(), BATCH_ROWS)
+    mesh, rules = letters.make_mesh({"data": devices, "fsdp": 1, "tensor": 1}), letters.DEFAULT_RULES
+    source, state = batches(segments, rng), None
     done, started_s = 0, time.monotonic()
     for share, of_peak in SCHEDULE:
         optim = OptimConfig(learning_rate=of_peak * round_.peak_rate, warmup_steps=50, beta2=0.98, weight_decay=0.01)
@@ -301,7 +312,7 @@ def _between_control(text: str) -> Iterator[str]:
 
 
 def write_base(base: pathlib.Path, tokenizer) -> None:
-    """Everything of a Hugging Face directory but the weights."""
+    """Everything of a Hugging Face directory but weights and card."""
     ids = {token: tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")}
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": CONFIG.vocab_size,
@@ -323,13 +334,15 @@ def write_base(base: pathlib.Path, tokenizer) -> None:
         (base / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     tokenizer.save(str(base / "tokenizer.json"))
     (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    card = MODEL_CARD.format(
+
+
+def model_card(rounds: Sequence[Round]) -> str:
+    return MODEL_CARD.format(
         count=weights.count(CONFIG),
-        steps=sum(round_.steps for round_ in ROUNDS),
-        episodes=sum(round_.episodes for round_ in ROUNDS),
-        exercises=sum(round_.exercises for round_ in ROUNDS),
+        steps=sum(round_.steps for round_ in rounds),
+        episodes=sum(round_.episodes for round_ in rounds),
+        exercises=sum(round_.exercises for round_ in rounds),
     )
-    (base / "README.md").write_text(card)
 
 
 if __name__ == "__main__":
