@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 
 from dr_jax.errors import DrJaxError
@@ -12,9 +13,13 @@ from dr_jax.world.site import serve
 
 
 async def _serve(seed: int, port: int) -> None:
+    stop = asyncio.Event()
+    # Set by us: a process that a script starts in the background inherits a SIGINT that is ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with serve(make_world(seed), port=port) as site:
         print(f"http://127.0.0.1:{site.port}/   (Ctrl-C stops it)", flush=True)
-        await asyncio.Event().wait()
+        await stop.wait()
 
 
 def main() -> int:
@@ -25,8 +30,6 @@ def main() -> int:
     options = parser.parse_args()
     try:
         asyncio.run(_serve(options.seed, options.port))
-    except KeyboardInterrupt:
-        return 0
     except (DrJaxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
