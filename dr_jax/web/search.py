@@ -3,38 +3,30 @@ like "nothing found"."""
 
 from __future__ import annotations
 
-import asyncio
-import ipaddress
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
-from yarl import URL
 
 from dr_jax.errors import ConfigError
 from dr_jax.interfaces import Searcher
 from dr_jax.records import Failure, FailureKind, Hit
+from dr_jax.web.api import Api, check_endpoint, check_key
 from dr_jax.web.breaker import Breaker
 from dr_jax.web.budget import Budget
 from dr_jax.web.guard import AddressPolicy, admit
-from dr_jax.web.http import failure_of, read_body, retry
-from dr_jax.web.search_wire import PROVIDERS, Locale, Provider, Refusal, json_provider
+from dr_jax.web.search_wire import PROVIDERS, Locale, Provider, json_provider
 from dr_jax.web.text import clean_line
 
 _MAX_QUERY_CHARS = 2048
-_MAX_ANSWER_BYTES = 1 << 20
-_RETRYABLE = frozenset({
-    FailureKind.RATE_LIMITED, FailureKind.PROVIDER_DOWN, FailureKind.CONNECTION, FailureKind.TIMEOUT, FailureKind.DNS,
-})  # fmt: skip
 
 
 class SearchClient:
     """Asks one provider. Never raises for a query or an answer; cancellation passes.
 
-    `session` comes from `http.open_session` and serves this provider alone. An answer that redirects is refused: the
-    key goes to `endpoint` and nowhere else. A search holds its slot while it waits to try again, so that a provider
-    that asks for less gets less. `budget` pays for each attempt; `breaker` stops asking a provider that is down."""
+    `session` comes from `http.open_session` and serves this provider alone (`api.Api`). `budget` pays for each
+    attempt; `breaker` stops asking a provider that is down."""
 
     def __init__(
         self,
@@ -52,16 +44,18 @@ class SearchClient:
         breaker: Breaker | None = None,
         budget: Budget | None = None,
     ):
-        self._url = _check_endpoint(endpoint or provider.endpoint, provider)
-        self._headers = {"Accept": "application/json"}
+        headers = {}
         if provider.key_header:
-            self._headers[provider.key_header] = provider.key_prefix + _check_key(api_key, provider)
-        self._session, self._provider, self._locale = session, provider, Locale(region, language)
-        self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
-        self._slots = asyncio.Semaphore(max_concurrent)
-        # More in a row than one moment's searches, so that a single hiccup of the network does not open it.
-        self._breaker = breaker or Breaker(threshold=2 * max_concurrent, cool_s=15.0)
-        self._budget = budget
+            complaint = f"search.api_key: {provider.name} needs a key; set {provider.key_variable}"
+            headers[provider.key_header] = provider.key_prefix + check_key(api_key, complaint)
+        url = check_endpoint(
+            "search.endpoint", endpoint or provider.endpoint, f"provider {provider.name!r}", keyed=bool(headers)
+        )
+        self._api = Api(
+            session, provider.name, url, headers=headers, timeout_s=timeout_s, max_concurrent=max_concurrent,
+            retries=retries, backoff_s=backoff_s, breaker=breaker,
+        )  # fmt: skip
+        self._provider, self._locale, self._budget = provider, Locale(region, language), budget
         if budget:
             budget.price_usd(provider.name)  # ConfigError now, not in the middle of a run
 
@@ -69,7 +63,7 @@ class SearchClient:
     def identity(self) -> dict[str, str]:
         """What, besides the query, decides the results: part of a cache key."""
         identity = {
-            "provider": self._provider.name, "endpoint": str(self._url),
+            "provider": self._provider.name, "endpoint": str(self._api.url),
             "gl": self._locale.region, "hl": self._locale.language,
         }  # fmt: skip
         return identity | ({"variant": self._provider.variant} if self._provider.variant else {})
@@ -81,18 +75,7 @@ class SearchClient:
             return Failure(FailureKind.BAD_REQUEST, f"a query has 1 to {_MAX_QUERY_CHARS} characters")
         top_k = min(max(top_k, 1), self._provider.max_results)
         request = self._provider.request(query, top_k, self._locale)
-        async with self._slots:
-            refused = self._breaker.admit(self._provider.name)
-            if refused:
-                return refused
-            answer = await retry(
-                lambda: self._attempt(request),
-                retryable=lambda failure: failure.kind in _RETRYABLE,
-                retries=self._retries,
-                backoff_s=self._backoff_s,
-            )
-            failed = isinstance(answer, Failure) and answer.kind in _RETRYABLE
-            self._breaker.record(self._provider.name, failed)
+        answer = await self._api.ask(lambda: self._attempt(request))
         return answer if isinstance(answer, Failure) else answer[:top_k]
 
     async def _attempt(self, request: dict[str, Any]) -> tuple[Hit, ...] | Failure:
@@ -100,33 +83,21 @@ class SearchClient:
         refused = self._budget.take(self._provider.name) if self._budget else None
         if refused:
             return refused
-        answer = await self._ask(request)
+        answer = await self._hits(request)
         if self._budget and isinstance(answer, Failure) and answer.status:
             self._budget.give_back(self._provider.name)
         return answer
 
-    async def _ask(self, request: dict[str, Any]) -> tuple[Hit, ...] | Failure:
-        sent: dict[str, Any] = {"params" if self._provider.method == "GET" else "json": request}
-        try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._session.request(
-                    self._provider.method, self._url, headers=self._headers, allow_redirects=False, **sent
-                ) as response,
-            ):
-                body = await read_body(response, _MAX_ANSWER_BYTES)
-                return _broken(body) if isinstance(body, Failure) else self._answer(response, body)
-        # The border: what aiohttp raises for a broken provider is not a closed list.
-        except Exception as error:  # noqa: BLE001
-            return _broken(failure_of(error))
-
-    def _answer(self, response: aiohttp.ClientResponse, body: bytes) -> tuple[Hit, ...] | Failure:
+    async def _hits(self, request: dict[str, Any]) -> tuple[Hit, ...] | Failure:
+        reply = await self._api.send(self._provider.method, request)
+        if isinstance(reply, Failure):
+            return reply
         if self._budget:
-            self._budget.add_bytes(len(body))
-        if response.status != 200:
-            return self._provider.refused(Refusal(response.status, response.headers, body))
+            self._budget.add_bytes(len(reply.body))
+        if reply.status != 200:
+            return self._provider.refused(reply)
         try:
-            return self._provider.hits(json.loads(body))
+            return self._provider.hits(json.loads(reply.body))
         except (ValueError, RecursionError):
             return Failure(FailureKind.PROVIDER_DOWN, "the answer is not JSON")
 
@@ -147,53 +118,6 @@ class UnblockedSearcher:
     def _blocked(self, url: str) -> bool:
         refusal = admit(url, self._policy, {})
         return isinstance(refusal, Failure) and refusal.kind is FailureKind.BLOCKLISTED
-
-
-def _broken(failure: Failure) -> Failure:
-    """`failure` of a provider: where a page would be at fault, a provider is down."""
-    return (
-        failure if failure.infrastructure else Failure(FailureKind.PROVIDER_DOWN, f"{failure.kind}: {failure.detail}")
-    )
-
-
-def _check_key(api_key: str, provider: Provider) -> str:
-    if not api_key or not api_key.isascii() or not api_key.isprintable():
-        raise ConfigError(f"search.api_key: {provider.name} needs a key; set {provider.key_variable}")
-    return api_key
-
-
-def _check_endpoint(endpoint: str, provider: Provider) -> URL:
-    """`endpoint`, if what is sent there is safe: https, or plain http to this machine (a key never leaves it), or,
-    where there is no key, to a name or address of the own network."""
-    url = URL(endpoint)
-    if not url.raw_host or url.scheme not in ("http", "https") or url.raw_user is not None:
-        raise ConfigError(f"search.endpoint: provider {provider.name!r} needs an http(s) URL without user or password")
-    if url.scheme == "https" or _is_this_machine(url.raw_host):
-        return url
-    if provider.key_header:
-        raise ConfigError(f"search.endpoint: {endpoint!r} would send the key in the clear; use https")
-    if not _is_own_network(url.raw_host):
-        raise ConfigError(f"search.endpoint: {endpoint!r}: anybody on the way could change the results; use https")
-    return url
-
-
-def _is_this_machine(host: str) -> bool:
-    # .test can never be a public name (RFC 6761): it is where a world of one's own is mapped to.
-    address = _address(host)
-    return address.is_loopback if address else host == "localhost" or host.endswith((".localhost", ".test"))
-
-
-def _is_own_network(host: str) -> bool:
-    address = _address(host)
-    own_name = "." not in host or host.endswith((".internal", ".local", ".home.arpa"))
-    return address.is_private if address else own_name
-
-
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
 
 
 _RETIRED = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind, Hit
-from dr_jax.web.http import retry_after_s
+from dr_jax.web.api import Reply, by_status, dig
 from dr_jax.web.text import MAX_URL_CHARS, clean_line
 
 _DAY_S = 86_400.0
@@ -22,41 +22,6 @@ class Locale:
 
     region: str
     language: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """An answer that is not 200, as a provider's rule sees it."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-    def failure(self, kind: FailureKind, detail: str = "") -> Failure:
-        later = kind in (FailureKind.RATE_LIMITED, FailureKind.PROVIDER_DOWN)
-        wait_s = retry_after_s(self.headers) if later else None
-        return Failure(kind, detail or f"HTTP {self.status}", self.status, wait_s)
-
-    def json(self, path: str) -> Any:
-        """What lies at the dotted `path` of a JSON body; None where nothing does."""
-        try:
-            return dig(json.loads(self.body), path)
-        except (ValueError, RecursionError):
-            return None
-
-
-def by_status(refusal: Refusal) -> Failure:
-    """What a status means at every provider that has no rule of its own for it."""
-    match refusal.status:
-        case 429:
-            return refusal.failure(FailureKind.RATE_LIMITED)
-        case 402:
-            return refusal.failure(FailureKind.QUOTA_EXHAUSTED, "no credits left")
-        case 401 | 403:
-            return refusal.failure(FailureKind.AUTH, "the key was refused")
-        case status if 400 <= status < 500:
-            return refusal.failure(FailureKind.BAD_REQUEST)
-    return refusal.failure(FailureKind.PROVIDER_DOWN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +37,9 @@ class Provider:
     max_results: int  # the most that one call at the base price returns
     request: Callable[[str, int, Locale], dict[str, Any]]
     hits: Callable[[Any], tuple[Hit, ...] | Failure]
-    refused: Callable[[Refusal], Failure] = by_status
+    refused: Callable[[Reply], Failure] = by_status
     key_prefix: str = ""
     variant: str = ""  # what, besides name and endpoint, decides the results: part of a cache key
-
-
-def dig(answer: Any, path: str) -> Any:
-    """What lies at a dotted path (`web.results`) of nested objects; None where there is no such place."""
-    for name in path.split("."):
-        if not isinstance(answer, dict):
-            return None
-        answer = answer.get(name)
-    return answer
 
 
 def read_hits(answer: Any, *, results: str, title: str, url: str, snippet: str) -> tuple[Hit, ...] | Failure:
@@ -112,10 +68,10 @@ def _serper_hits(answer: Any) -> tuple[Hit, ...] | Failure:
     return read_hits(answer, results="organic", title="title", url="link", snippet="snippet")
 
 
-def _serper_refused(refusal: Refusal) -> Failure:
-    if refusal.status in (400, 403) and b"credit" in refusal.body.lower():
-        return refusal.failure(FailureKind.QUOTA_EXHAUSTED, "no credits left")
-    return by_status(refusal)
+def _serper_refused(reply: Reply) -> Failure:
+    if reply.status in (400, 403) and b"credit" in reply.body.lower():
+        return reply.failure(FailureKind.QUOTA_EXHAUSTED, "no credits left")
+    return by_status(reply)
 
 
 def _brave_request(query: str, top_k: int, locale: Locale) -> dict[str, Any]:
@@ -132,17 +88,17 @@ def _brave_hits(answer: Any) -> tuple[Hit, ...] | Failure:
     return read_hits(answer, results="web.results", title="title", url="url", snippet="description")
 
 
-def _brave_refused(refusal: Refusal) -> Failure:
+def _brave_refused(reply: Reply) -> Failure:
     """Brave says 429 for a full second and for a used-up month alike, and 422 for a key it does not know."""
-    code = refusal.json("error.code")
+    code = reply.json("error.code")
     if code == "SUBSCRIPTION_TOKEN_INVALID":
-        return refusal.failure(FailureKind.AUTH, "the key was refused")
-    if refusal.status != 429:
-        return by_status(refusal)
-    wait_s = _brave_wait_s(refusal.headers)
+        return reply.failure(FailureKind.AUTH, "the key was refused")
+    if reply.status != 429:
+        return by_status(reply)
+    wait_s = _brave_wait_s(reply.headers)
     if code == "QUOTA_LIMITED" or (wait_s or 0.0) >= _DAY_S:
-        return refusal.failure(FailureKind.QUOTA_EXHAUSTED, "the plan's quota is used up")
-    failure = by_status(refusal)
+        return reply.failure(FailureKind.QUOTA_EXHAUSTED, "the plan's quota is used up")
+    failure = by_status(reply)
     return failure if failure.retry_after_s is not None else dataclasses.replace(failure, retry_after_s=wait_s)
 
 
@@ -160,10 +116,10 @@ def _brave_wait_s(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def _tavily_refused(refusal: Refusal) -> Failure:
-    if refusal.status in (432, 433):  # the plan's limit, the pay-as-you-go limit
-        return refusal.failure(FailureKind.QUOTA_EXHAUSTED, "the plan's limit is reached")
-    return by_status(refusal)
+def _tavily_refused(reply: Reply) -> Failure:
+    if reply.status in (432, 433):  # the plan's limit, the pay-as-you-go limit
+        return reply.failure(FailureKind.QUOTA_EXHAUSTED, "the plan's limit is reached")
+    return by_status(reply)
 
 
 def _searxng_hits(answer: Any) -> tuple[Hit, ...] | Failure:
@@ -174,12 +130,10 @@ def _searxng_hits(answer: Any) -> tuple[Hit, ...] | Failure:
     return hits
 
 
-def _searxng_refused(refusal: Refusal) -> Failure:
-    if refusal.status == 403:
-        return refusal.failure(
-            FailureKind.AUTH, "the instance serves no JSON: add json to search.formats, settings.yml"
-        )
-    return by_status(refusal)
+def _searxng_refused(reply: Reply) -> Failure:
+    if reply.status == 403:
+        return reply.failure(FailureKind.AUTH, "the instance serves no JSON: add json to search.formats, settings.yml")
+    return by_status(reply)
 
 
 # Sources: https://serper.dev; https://api-dashboard.search.brave.com/app/documentation; https://docs.tavily.com;
