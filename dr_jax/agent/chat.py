@@ -99,10 +99,14 @@ class Chat:
         """System turn with the tools, the question as the user's turn, and the header of the policy's first turn."""
         schemas = "".join(f"\n{json.dumps(schema, ensure_ascii=False)}" for schema in preset.tools)
         system = preset.system.replace("{today}", today) + preset.tools_section.replace("{schemas}", schemas)
+        return self.exchange(system, [Text(question, Origin.TEMPLATE)], prefill=preset.prefill)
+
+    def exchange(self, system: str, user: Sequence[Text], *, prefill: str = "") -> Prompt:
+        """A conversation of its own: our `system` text, one `user` turn, and the header of the model's turn."""
         return self._encode(
             *self._markup(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"),
-            Text(question, Origin.TEMPLATE),
-            *self._markup(f"<|im_end|>\n<|im_start|>assistant\n{preset.prefill}"),
+            *user,
+            *self._markup(f"<|im_end|>\n<|im_start|>assistant\n{prefill}"),
         )
 
     def reply(
@@ -127,7 +131,7 @@ class Chat:
             whole = turn(safe)
             if (whole.origin == Origin.WORLD).sum() <= preset.observation_tokens:
                 return whole
-        return turn(self._cut(safe, preset.observation_tokens))
+        return turn(self.cut(safe, preset.observation_tokens))
 
     def _user_turn(self, preset: Preset, output: Sequence[int] | np.ndarray, *body: Text) -> Prompt:
         return self._encode(
@@ -168,7 +172,7 @@ class Chat:
         origin = np.where(before[end] > before[start], Origin.WORLD, Origin.TEMPLATE)
         return Prompt(np.asarray(encoding.ids, np.int32), origin.astype(np.uint8))
 
-    def _cut(self, text: str, max_tokens: int) -> str:
+    def cut(self, text: str, max_tokens: int) -> str:
         """`text`, cut to at most `max_tokens` tokens, with a mark at the end where anything is missing."""
         head = _encodable(text[: max_tokens * _MAX_CHARS_PER_TOKEN])
         offsets = self._plain.encode(head, add_special_tokens=False).offsets

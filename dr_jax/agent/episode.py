@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from dr_jax.agent.chat import Chat
+from dr_jax.agent.model_reader import ModelReader, ReadingLimits, ask_policy
 from dr_jax.agent.presets import Preset
 from dr_jax.agent.strategies.linear import Outcome, linear
 from dr_jax.agent.tools import Toolbox
@@ -29,10 +30,11 @@ class EpisodeContext:
     preset: Preset
     searcher: Searcher
     browser: Browser
-    reader: Reader
+    reader: Reader | None  # None = the policy reads, in calls of the episode
     sampling: Sampling  # temperature, top_p, top_k; length, stop ids and seed are set per call
     seed: int  # the run's, folded (`seed_of`) with whatever names this visit of the questions, e.g. their cursor
     today: str  # ISO date, told to the policy where the preset does
+    reading: ReadingLimits = ReadingLimits()  # of a policy that reads
     deadline_s: float = 600.0
     clock: Callable[[], float] = time.monotonic
 
@@ -40,7 +42,8 @@ class EpisodeContext:
 async def run(question: Question, rollout: int, context: EpisodeContext) -> Episode:
     """The record of one rollout, rewarded. Nothing the policy or the world does makes it raise.
 
-    Call i draws with a seed that is a function of (context.seed, question id, rollout, i) alone.
+    Call i draws with a seed that is a function of (context.seed, question id, rollout, i) alone, and of the page, the
+    query and the step where the policy reads.
     """
     preset, chat = context.preset, context.chat
     transcript = Transcript(
@@ -52,12 +55,13 @@ async def run(question: Question, rollout: int, context: EpisodeContext) -> Epis
         seed=seed_of(context.seed, question.id, rollout),
         clock=context.clock,
     )
+    ask = ask_policy(transcript, chat, context.reading, context_tokens=preset.context_tokens)
     toolbox = Toolbox(
         question.text,
         preset,
         searcher=context.searcher,
         browser=context.browser,
-        reader=context.reader,
+        reader=context.reader or ModelReader(ask, context.reading),
         clock=context.clock,
     )
     try:
@@ -82,7 +86,7 @@ def _record(
     return Episode(
         question=question,
         rollout=rollout,
-        calls=tuple(transcript.calls),
+        calls=transcript.all_calls(),
         tool_uses=tuple(transcript.tool_uses),
         stop=outcome.stop,
         answer=answer,

@@ -88,6 +88,11 @@ class ExtractiveReader:
                 yield sentence
 
 
+def reading_order(page: Page, wanted: str) -> list[int]:
+    """The segments of `page`, first those whose headings speak of more of `wanted` than the title does."""
+    return _jumping(page, _stems(wanted) - _stems(page.title))
+
+
 def _jumping(page: Page, telling: frozenset[str]) -> list[int]:
     """The segments of `page`, first those that lie under a heading with one of the words `telling`."""
     promising = {i for i, path in enumerate(page.headings) if _stems(path) & telling}

@@ -167,9 +167,10 @@ class Toolbox:
 
     async def _browse(self, urls: Sequence[str]) -> list[Found]:
         known = tuple(self._notes)  # the same for all pages of a call, whichever comes first
-        results = await _at_once(lambda url: self._browse_one(url, known), urls)
+        once = list(dict.fromkeys(urls))  # a page that is named twice is read once
+        pages = dict(zip(once, await _at_once(lambda url: self._browse_one(url, known), once), strict=True))
         found = []
-        for url, result in zip(urls, results, strict=True):
+        for url, result in ((url, pages[url]) for url in urls):
             if isinstance(result, Failure):
                 found.append(Found({"error": str(result.kind), "information": [], "url": url}, result))
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from dr_jax.errors import ConfigError, RolloutHalted
@@ -12,12 +12,15 @@ from dr_jax.records import Failure, FailureKind
 from dr_jax.web.page import Response
 
 PAGE = "page"  # the service of fetching pages ourselves
+# A language model that reads pages: its price of a call, and those of a million tokens it is given and writes.
+READER, READER_INPUT, READER_OUTPUT = "reader", "reader_input", "reader_output"
 _MICRO = 1_000_000  # money is counted in whole micro-dollars: sums of floats drift past a limit
+_PER_TOKENS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """List price of one call, in US dollars, without taxes and free allowances."""
+    """List price of one call (of a million tokens, for rows in tokens), in US dollars, without taxes and allowances."""
 
     usd: float
     source: str
@@ -31,6 +34,8 @@ PRICES: dict[str, Price] = {
     "exa": Price(0.007, "exa.ai/docs/admin/pricing: $7 per 1,000 with 10 results and highlights", "2026-11"),
     "searxng": Price(0.0, "an instance of one's own", "2026-11"),
     PAGE: Price(0.0, "our own fetcher; traffic is counted in bytes", "2026-11"),
+    # Its tokens have no default: a price that nobody looked up is a budget that nobody keeps.
+    READER: Price(0.0, "chat completions are charged by the token", "2026-11"),
 }
 
 
@@ -52,13 +57,20 @@ def estimate_usd(price_usd: float, *, questions: int, rollouts: int, calls: floa
     return price_usd * questions * rollouts * calls * steps
 
 
+def reader_usd(price_usd: Callable[[str], float], tokens_in: int, tokens_out: int) -> float:
+    """What one call of a reader costs by a table of prices."""
+    per_token = tokens_in * price_usd(READER_INPUT) + tokens_out * price_usd(READER_OUTPUT)
+    return price_usd(READER) + per_token / _PER_TOKENS
+
+
 class Budget:
     """Counts what is spent in a run and in its current step, and refuses calls. For one event loop.
 
     A refused call is a `Failure` (QUOTA_EXHAUSTED), so the episode it meets is not trained on; `check` and `begin_step`
     raise `RolloutHalted` once anything was refused, so a run that is out of money ends.
 
-    `prices`: US dollars per call, over those of `PRICES`. `spent`: by the run before it was resumed."""
+    `prices`: US dollars per call (per million tokens for `READER_INPUT`, `READER_OUTPUT`), over those of `PRICES`.
+    `spent`: by the run before it was resumed."""
 
     def __init__(
         self,
@@ -75,7 +87,7 @@ class Budget:
         self._prices = {name: price.usd for name, price in PRICES.items()} | dict(prices or {})
         for name, usd in self._prices.items():
             if not 0 <= usd < math.inf:
-                raise ConfigError(f"budget.prices: {name} costs {usd}; give US dollars per call, 0 or more")
+                raise ConfigError(f"budget.prices: {name} costs {usd}; give US dollars, 0 or more")
         self._max_micro = max_usd * _MICRO
         self._max_calls, self._max_bytes = max_calls, max_bytes
         self._calls, self._bytes, self._micro = spent.calls, spent.bytes, round(spent.usd * _MICRO)
@@ -85,14 +97,16 @@ class Budget:
     def price_usd(self, service: str) -> float:
         """The price of one call; `ConfigError` where nobody gave one."""
         if service not in self._prices:
-            raise ConfigError(f"budget.prices: no price for {service!r}; give US dollars per call (0 = free)")
+            unit = "million tokens" if service in (READER_INPUT, READER_OUTPUT) else "call"
+            raise ConfigError(f"budget.prices: no price for {service!r}; give US dollars per {unit} (0 = free)")
         return self._prices[service]
 
-    def take(self, service: str, reserve_bytes: int = 0) -> Failure | None:
+    def take(self, service: str, reserve_bytes: int = 0, usd: float | None = None) -> Failure | None:
         """Counts one call to `service` and its price, or refuses it. Ask before calling.
 
-        `reserve_bytes`: what the answer can weigh at most; they are counted, and `add_bytes` settles them."""
-        micro = round(self.price_usd(service) * _MICRO)
+        `reserve_bytes`: what the answer can weigh at most; they are counted, and `add_bytes` settles them. `usd`: what
+        this call can cost at most, where that is not the price of every call; `give_back` settles it."""
+        micro = round((self.price_usd(service) if usd is None else usd) * _MICRO)
         limits = (
             ("usd", (self._micro + micro) / _MICRO, self._max_micro / _MICRO),
             ("calls", self._calls + 1, self._max_calls),
@@ -105,9 +119,9 @@ class Budget:
         self._calls, self._micro, self._bytes = self._calls + 1, self._micro + micro, self._bytes + reserve_bytes
         return None
 
-    def give_back(self, service: str) -> None:
-        """The price of a call that was taken and not charged; it stays counted as a call."""
-        self._micro -= round(self.price_usd(service) * _MICRO)
+    def give_back(self, service: str, usd: float | None = None) -> None:
+        """The price, or `usd` of it, of a call that was taken and not charged; it stays counted as a call."""
+        self._micro -= round((self.price_usd(service) if usd is None else usd) * _MICRO)
 
     def add_bytes(self, count: int) -> None:
         """Counts bytes of an answer; negative to settle a reservation."""

@@ -25,7 +25,7 @@ async def test_what_is_sampled_becomes_part_of_the_next_prompt():
     await record.generate()
     record.append(piece([5], Origin.WORLD))
     await record.generate()
-    first, second = record.calls
+    first, second = record.all_calls()
     assert first.prompt.tolist() == [1, 2]
     assert second.prompt.tolist() == [1, 2, 3, 4, 5]
     assert second.origin.tolist() == [0, 0, 2, 2, 1]

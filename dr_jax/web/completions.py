@@ -1,0 +1,131 @@
+"""A client of any OpenAI-compatible chat completions endpoint: one question, one text back. Errors are values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+
+from dr_jax.errors import ConfigError
+from dr_jax.records import Failure, FailureKind
+from dr_jax.web.api import Api, Reply, by_status, check_endpoint, check_key, dig
+from dr_jax.web.breaker import Breaker
+from dr_jax.web.budget import READER, Budget, reader_usd
+
+_FRAME_TOKENS = 64  # of the chat template, which we do not see
+_OWN = ("model", "messages", "stream", "n")  # what `parameters` must leave alone
+
+
+class ChatClient:
+    """Asks one model. Never raises for what it is asked or answered; cancellation passes.
+
+    `base_url` is what OpenAI's own clients call so, such as 'https://api.openai.com/v1'; `session` comes from
+    `http.open_session` and serves this endpoint alone (`api.Api`). `api_key` None: it asks for none. `parameters` are
+    sent as they are, over temperature 0 and `max_tokens`; one that is None is left out, for models that do not take
+    it. `budget` is asked before each attempt for the most that it can cost, and settled by the tokens that the answer
+    says it took."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        *,
+        base_url: str,
+        model: str,
+        api_key: str | None = None,
+        max_tokens: int = 512,
+        parameters: Mapping[str, Any] | None = None,
+        timeout_s: float = 60.0,
+        max_concurrent: int = 32,
+        retries: int = 2,
+        backoff_s: float = 0.5,
+        breaker: Breaker | None = None,
+        budget: Budget | None = None,
+    ):
+        headers = {}
+        if api_key is not None:
+            complaint = "reading.key_variable: the endpoint needs a key that a header can hold; export it"
+            headers["Authorization"] = f"Bearer {check_key(api_key, complaint)}"
+        url = check_endpoint("reading.endpoint", base_url, "reader 'endpoint'", keyed=bool(headers))
+        if not model:
+            raise ConfigError("reading.model: is empty; give the name by which the endpoint knows its model")
+        if taken := sorted(set(parameters or ()) & set(_OWN)):
+            raise ConfigError(f"reading.parameters: {', '.join(taken)} cannot be set here")
+        self._api = Api(
+            session, READER, url / "chat" / "completions", headers=headers, timeout_s=timeout_s,
+            max_concurrent=max_concurrent, retries=retries, backoff_s=backoff_s, breaker=breaker,
+        )  # fmt: skip
+        request = {"model": model, "temperature": 0.0, "max_tokens": max_tokens, **(parameters or {})}
+        self._request = {name: value for name, value in request.items() if value is not None}
+        limits = [self._request.get(name) for name in ("max_tokens", "max_completion_tokens")]
+        self._max_tokens = max((limit for limit in limits if type(limit) is int), default=0)
+        if self._max_tokens < 1:
+            raise ConfigError("reading.parameters: one of max_tokens, max_completion_tokens must limit an answer")
+        self._budget = budget
+        if budget:
+            self._usd(0, 0)  # ConfigError now, not in the middle of a run
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What, besides the messages, decides the answer: part of a cache key."""
+        return {"endpoint": str(self._api.url), "request": json.dumps(self._request, sort_keys=True)}
+
+    async def complete(self, system: str, user: str) -> str | Failure:
+        """What the model writes. An empty or cut answer is one too; what a filter withheld is BAD_REQUEST."""
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        # A token of a byte-level vocabulary, which all of them are, holds at least one byte.
+        tokens_in = len(f"{system}{user}".encode()) + _FRAME_TOKENS
+        return await self._api.ask(lambda: self._attempt({**self._request, "messages": messages}, tokens_in))
+
+    async def _attempt(self, request: dict[str, Any], tokens_in: int) -> str | Failure:
+        """One request, paid for before it is made; an endpoint that answers with an error status charges nothing."""
+        reserved = self._usd(tokens_in, self._max_tokens)
+        refused = self._budget.take(READER, usd=reserved) if self._budget else None
+        if refused:
+            return refused
+        reply = await self._api.send("POST", request)
+        if isinstance(reply, Failure):
+            return reply  # nobody knows whether it is charged, so it stays counted
+        if self._budget:
+            self._budget.add_bytes(len(reply.body))
+            self._budget.give_back(READER, reserved - self._charged(reply, reserved))
+        return _text(reply) if reply.status == 200 else _refused(reply)
+
+    def _charged(self, reply: Reply, reserved: float) -> float:
+        if reply.status != 200:
+            return 0.0
+        tokens_in, tokens_out = reply.json("usage.prompt_tokens"), reply.json("usage.completion_tokens")
+        if all(type(count) is int and 0 <= count < 1 << 32 for count in (tokens_in, tokens_out)):
+            return self._usd(tokens_in, tokens_out)
+        return reserved  # it does not say: the most it can have been
+
+    def _usd(self, tokens_in: int, tokens_out: int) -> float:
+        return reader_usd(self._budget.price_usd, tokens_in, tokens_out) if self._budget else 0.0
+
+
+def _text(reply: Reply) -> str | Failure:
+    choices = reply.json("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(dig(choice, "message"), dict):
+        return Failure(FailureKind.PROVIDER_DOWN, "the answer has no message in `choices`")
+    if dig(choice, "finish_reason") == "content_filter":
+        return Failure(FailureKind.BAD_REQUEST, "the endpoint withheld its answer")
+    content = dig(choice, "message.content")
+    return content if isinstance(content, str) else ""
+
+
+def _refused(reply: Reply) -> Failure:
+    """What an error status means. Only where the text itself is refused is the page at fault; a request that the
+    endpoint does not take for another reason would be refused for every page: a mistake of ours, never the policy's."""
+    code = reply.json("error.code") or reply.json("error.type")
+    if code == "insufficient_quota":
+        return reply.failure(FailureKind.QUOTA_EXHAUSTED, "no credits left")
+    failure = by_status(reply)
+    if failure.kind is not FailureKind.BAD_REQUEST or code in ("content_filter", "context_length_exceeded"):
+        return failure
+    if reply.status == 404:
+        return reply.failure(
+            FailureKind.AUTH, "HTTP 404: no such model or path; see reading.endpoint and reading.model"
+        )
+    return reply.failure(FailureKind.PROVIDER_DOWN, f"HTTP {reply.status}: the endpoint does not take the request")
