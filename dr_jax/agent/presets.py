@@ -5,6 +5,7 @@ The system texts are our own; the grammar (tags, JSON shapes, limits) is that of
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Mapping
@@ -36,7 +37,8 @@ class Preset:
     max_turn_tokens: int = 2000
     context_tokens: int = 32_767  # a prompt may have this less one turn: 30,767 tokens, the reference's limit
     observation_tokens: int = 4096  # a longer observation is cut, and says so
-    search_top_k: int = 10
+    search_top_k: int = 10  # results of a query that does not say how many
+    max_top_k: int = 0  # the most that a query may ask for; 0 = it may not say, and the tool does not offer it
     max_queries: int = 3  # of one call; more are not sent
     max_urls: int = 5  # of one call; more are not read
     admitted: Literal["last_search", "all_searches"] = "last_search"  # whose results may be browsed
@@ -57,6 +59,10 @@ class Preset:
         for field, allowed in {**literals, "reward": tuple(REWARDS)}.items():
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"preset.{field}: got {getattr(self, field)!r}; allowed are {', '.join(allowed)}.")
+        offered = [schema["function"]["parameters"]["properties"].get("top_k") for schema in self.tools]
+        caps = {one["items"]["maximum"] for one in offered if one} or {0}
+        if caps != {self.max_top_k}:
+            raise ConfigError(f"preset.max_top_k: got {self.max_top_k}, the tools offer {sorted(caps)}; say the same.")
         if self.observation_tokens < 16:
             raise ConfigError(f"preset.observation_tokens: got {self.observation_tokens}, need at least 16.")
         if self.context_tokens <= self.max_turn_tokens:
@@ -103,6 +109,20 @@ _BROWSE_WEBPAGE = _tool(
     "Addresses of the pages to read; each must come from your search results.",
     "One address.",
 )
+
+_MAX_TOP_K = 20  # what most providers return for one call; of one that returns fewer, fewer come
+
+
+def _with_top_k(tool: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """`tool`, offering how many results each query is to return."""
+    offering = copy.deepcopy(dict(tool))
+    offering["function"]["parameters"]["properties"]["top_k"] = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 1, "maximum": most},
+        "description": "How many results each query is to return, in the order of the queries. Few save room.",
+    }
+    return offering
+
 
 _SYSTEM = """\
 ## Background information
@@ -152,6 +172,13 @@ PRESETS: Mapping[str, Preset] = {
             answer_source="transcript",
             final_turn="nothing",
             observation_tokens=30_767,
+        ),
+        # The paper's first future direction: the policy decides how many results each query returns.
+        dataclasses.replace(
+            _DEEPRESEARCHER,
+            name="deepresearcher_top_k",
+            tools=(_with_top_k(_WEB_SEARCH, _MAX_TOP_K), _BROWSE_WEBPAGE),
+            max_top_k=_MAX_TOP_K,
         ),
         # The same grammar for a model of a million parameters on a CPU, where every token of the prompt costs time.
         Preset(

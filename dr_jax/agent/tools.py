@@ -38,6 +38,7 @@ class ToolCall:
 
     tool: str
     items: tuple[str, ...]
+    top_k: tuple[int, ...] = ()  # results of each query, within the preset's cap; () = as the preset has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,9 @@ def parse_turn(output: Sequence[int] | np.ndarray, chat: Chat, preset: Preset) -
 
     An `<answer>` wins over a tool call; of several calls or answers the first counts. A tool call opens and closes with
     control ids: the same tag spelled in ordinary tokens is only text. Its JSON is read strictly and never repaired.
-    *Differs from the reference*: NaN, duplicate keys and items that are not strings are malformed too.
+    *Differs from the reference*: NaN, duplicate keys and items that are not strings are malformed too. So is, where the
+    preset offers it, a `top_k` that is not a list of whole numbers, one for each query; a number out of range counts as
+    the nearest one in it.
     """
     ids = [int(id) for id in output]
     text = preset.prefill + chat.decode(ids)
@@ -91,7 +94,15 @@ def _parse_call(text: str, preset: Preset) -> ToolCall | Malformed:
         return Malformed(f"{_ARGUMENT[name]} is not a list of strings")
     if len(items) < _MIN_ITEMS[name]:
         return Malformed(f"{_ARGUMENT[name]} is empty")
-    return ToolCall(name, tuple(items[: preset.max_queries if name == "web_search" else preset.max_urls]))
+    if name == "browse_webpage":
+        return ToolCall(name, tuple(items[: preset.max_urls]))
+    top_k = call["arguments"].get("top_k") if preset.max_top_k else None
+    if top_k is None:
+        return ToolCall(name, tuple(items[: preset.max_queries]))
+    if not isinstance(top_k, list) or len(top_k) != len(items) or not all(type(count) is int for count in top_k):
+        return Malformed("top_k is not a list of whole numbers, one for each query")
+    counts = (min(max(count, 1), preset.max_top_k) for count in top_k[: preset.max_queries])
+    return ToolCall(name, tuple(items[: preset.max_queries]), tuple(counts))
 
 
 def _refuse_constant(constant: str) -> None:
@@ -142,17 +153,19 @@ class Toolbox:
         once; a failure is named in its entry instead of looking like an empty result.
         """
         started_s = self._clock()
-        found = await (self._search(call.items) if call.tool == "web_search" else self._browse(call.items))
+        found = await (self._search(call) if call.tool == "web_search" else self._browse(call.items))
+        top_k = {"top_k": list(call.top_k)} if call.top_k else {}
         return ToolUse(
             tool=call.tool,
-            arguments={_ARGUMENT[call.tool]: list(call.items)},
+            arguments={_ARGUMENT[call.tool]: list(call.items), **top_k},
             failures=tuple(one.failure for one in found if one.failure),
             seconds=self._clock() - started_s,
             observation=repr([one.entry for one in found]),
         )
 
-    async def _search(self, queries: Sequence[str]) -> list[Found]:
-        results = await _at_once(self._search_one, queries)
+    async def _search(self, call: ToolCall) -> list[Found]:
+        queries, counts = call.items, call.top_k or (self._preset.search_top_k,) * len(call.items)
+        results = await _at_once(lambda asked: self._search_one(*asked), list(zip(queries, counts, strict=True)))
         if self._preset.admitted == "last_search":
             self._admitted.clear()
         for query, result in zip(queries, results, strict=True):
@@ -160,10 +173,10 @@ class Toolbox:
                 self._admitted.setdefault(hit.url, query)
         return [_search_entry(query, result) for query, result in zip(queries, results, strict=True)]
 
-    async def _search_one(self, query: str) -> tuple[Hit, ...] | Failure:
+    async def _search_one(self, query: str, top_k: int) -> tuple[Hit, ...] | Failure:
         if not query.strip() or len(query) > _MAX_QUERY_CHARS or not _is_unicode(query):
             return Failure(FailureKind.BAD_REQUEST, "a query is text of 1 to 2048 characters")
-        return await self._searcher.search(query, top_k=self._preset.search_top_k)
+        return await self._searcher.search(query, top_k=top_k)
 
     async def _browse(self, urls: Sequence[str]) -> list[Found]:
         known = tuple(self._notes)  # the same for all pages of a call, whichever comes first
@@ -201,7 +214,7 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-async def _at_once(one: Callable[[str], Coroutine[Any, Any, Any]], items: Sequence[str]) -> list[Any]:
+async def _at_once(one: Callable[[Any], Coroutine[Any, Any, Any]], items: Sequence[Any]) -> list[Any]:
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(one(item)) for item in items]
     return [task.result() for task in running]

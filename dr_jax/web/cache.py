@@ -18,12 +18,13 @@ import math
 import pathlib
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from yarl import URL
 
 from dr_jax.errors import ConfigError
+from dr_jax.interfaces import Reader
 from dr_jax.records import Failure, FailureKind, Hit, Page
 from dr_jax.web import store
 from dr_jax.web.breaker import Breaker
@@ -33,7 +34,16 @@ from dr_jax.web.store import Entry, StoreError
 from dr_jax.web.text import clean_line
 
 MODES = ("live", "record", "replay")
-Value = tuple[Hit, ...] | Page | Failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """What a reader found in a page: (segment index, text), in reading order."""
+
+    found: tuple[tuple[int, str], ...]
+
+
+Value = tuple[Hit, ...] | Page | Extraction | Failure
 
 _DAY_S = 86_400.0
 _NEGATIVE_TTL_S = 600.0
@@ -185,13 +195,24 @@ def _digest(key: str, expires_s: float, blob: bytes) -> bytes:
 
 
 def _encode(value: Value) -> bytes:
-    plain = to_plain(value) if isinstance(value, Page | Failure) else {"hits": [vars(hit) for hit in value]}
+    match value:
+        case Extraction(found):
+            plain: dict[str, Any] = {"found": found}
+        case Page() | Failure():
+            plain = to_plain(value)
+        case hits:
+            plain = {"hits": [vars(hit) for hit in hits]}
     return json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _decode(blob: bytes) -> Value:
-    plain = json.loads(blob)
-    return tuple(Hit(**hit) for hit in plain["hits"]) if "hits" in plain else from_plain(plain)
+    match json.loads(blob):
+        case {"found": found}:
+            return Extraction(tuple((segment, text) for segment, text in found))
+        case {"hits": hits}:
+            return tuple(Hit(**hit) for hit in hits)
+        case plain:
+            return from_plain(plain)
 
 
 class IdentifiedSearcher(Protocol):
@@ -247,6 +268,29 @@ class CachedBrowser:
         if isinstance(response, Failure):
             return response
         return await self._extract(response, max_segment_chars=self._max_segment_chars)
+
+
+class CachedReader:
+    """A Reader in front of another one, whose answers depend on what it is asked alone: an endpoint at temperature 0,
+    never a policy, which changes with its weights. `identity`: what, besides the request, decides the answer."""
+
+    def __init__(self, reader: Reader, cache: Cache, *, identity: Mapping[str, str]):
+        self._reader, self._cache, self._identity = reader, cache, dict(identity)
+
+    async def read(
+        self, page: Page, *, question: str, query: str, notes: Sequence[str]
+    ) -> tuple[tuple[int, str], ...] | Failure:
+        async def ask() -> Extraction | Failure:
+            found = await self._reader.read(page, question=question, query=query, notes=notes)
+            return found if isinstance(found, Failure) else Extraction(found)
+
+        content = json.dumps([page.title, page.segments, page.headings]).encode()
+        request = {
+            "kind": "extraction", "reader": self._identity, "page": hashlib.sha256(content).hexdigest(),
+            "question": question, "query": query, "notes": list(notes),
+        }  # fmt: skip
+        value = await self._cache.through(request, ask)
+        return value if isinstance(value, Failure) else value.found
 
 
 def _canonical(url: str) -> str:

@@ -72,7 +72,7 @@ class ChatClient:
         return {"endpoint": str(self._api.url), "request": json.dumps(self._request, sort_keys=True)}
 
     async def complete(self, system: str, user: str) -> str | Failure:
-        """What the model writes. An empty or cut answer is one too; what a filter withheld is BAD_REQUEST."""
+        """What the model writes. A cut answer is one too; an empty one is PROVIDER_DOWN, a filtered one BAD_REQUEST."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         # A token of a byte-level vocabulary, which all of them are, holds at least one byte.
         tokens_in = len(f"{system}{user}".encode()) + _FRAME_TOKENS
@@ -112,7 +112,10 @@ def _text(reply: Reply) -> str | Failure:
     if dig(choice, "finish_reason") == "content_filter":
         return Failure(FailureKind.BAD_REQUEST, "the endpoint withheld its answer")
     content = dig(choice, "message.content")
-    return content if isinstance(content, str) else ""
+    if not isinstance(content, str) or not content.strip():
+        # Not an answer: an overloaded server, or a model that spent all its tokens on thinking.
+        return Failure(FailureKind.PROVIDER_DOWN, "the answer is empty; see reading.max_tokens where the model thinks")
+    return content
 
 
 def _refused(reply: Reply) -> Failure:
