@@ -38,14 +38,28 @@ def get_config() -> ConfigDict:
     config.web.robots = True
     config.web.min_delay_s = 1.0  # what many a robots.txt asks for
     config.web.blocked_domains = ("huggingface.co", "kaggle.com")  # print benchmark questions with their answers
-    config.web.reader = "extractive"  # the reference pays a language model to read
+    config.web.reader = "extractive"  # the reference pays a language model to read: 'endpoint', or, for free, 'policy'
     config.web.segment_chars = 4000  # about 1,000 tokens
+
+    config.reading = ConfigDict()  # of web.reader 'policy' and 'endpoint'
+    config.reading.max_segments = 8  # of one page: 32,000 characters; the reference knows no limit
+    config.reading.patience = 3
+    config.reading.max_tokens = 512  # of one answer
+    config.reading.train = False  # as in the reference, whose reader is another model
+    config.reading.endpoint = ""  # 'https://dashscope.aliyuncs.com/compatible-mode/v1' for the reference's qwen-plus
+    config.reading.endpoint_address = ""
+    config.reading.model = ""
+    config.reading.key_variable = ""
+    config.reading.parameters = ConfigDict()
+    config.reading.max_concurrent = 64
 
     config.budget = ConfigDict()
     config.budget.max_usd = 500.0  # stops the run there; the start prints what it can cost at most
     config.budget.max_calls = 0
     config.budget.max_bytes = 0
-    config.budget.prices = ConfigDict()  # {"serper": 0.0003} for its largest package
+    # {"serper": 0.0003} for its largest package; an endpoint that reads needs "reader_input" and "reader_output", US
+    # dollars per million tokens
+    config.budget.prices = ConfigDict()
 
     config.agent = ConfigDict()
     config.agent.preset = "deepresearcher"

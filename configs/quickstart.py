@@ -37,6 +37,18 @@ def get_config() -> ConfigDict:
     config.web.reader = "extractive"
     config.web.segment_chars = 2000  # embedded pages are a few thousand characters long
 
+    config.reading = ConfigDict()  # of web.reader 'policy' and 'endpoint'; the extractive one has no use for it
+    config.reading.max_segments = 4
+    config.reading.patience = 2
+    config.reading.max_tokens = 96  # as a turn
+    config.reading.train = False
+    config.reading.endpoint = ""
+    config.reading.endpoint_address = ""
+    config.reading.model = ""
+    config.reading.key_variable = ""
+    config.reading.parameters = ConfigDict()
+    config.reading.max_concurrent = 32
+
     config.budget = ConfigDict()
     config.budget.max_usd = 0.0  # no limit: the embedded engine is free
     config.budget.max_calls = 0

@@ -17,12 +17,11 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from yarl import URL
 
+from dr_jax import reading
 from dr_jax.agent.chat import Chat
 from dr_jax.agent.episode import EpisodeContext
 from dr_jax.agent.presets import PRESETS, Preset
-from dr_jax.agent.reader import ExtractiveReader
 from dr_jax.engine.service import Engine
 from dr_jax.errors import ConfigError
 from dr_jax.interfaces import Browser, Reader, Sampler, Searcher
@@ -39,7 +38,7 @@ from dr_jax.web.budget import NOTHING_SPENT, Budget, MeteredFetcher, Spent, esti
 from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.guard import AddressPolicy
-from dr_jax.web.http import open_session
+from dr_jax.web.http import open_session, own_host
 from dr_jax.web.politeness import Manners
 from dr_jax.web.search import SearchClient, UnblockedSearcher, find_provider
 from dr_jax.web.search_wire import Provider
@@ -58,7 +57,7 @@ def check(run: RunConfig) -> None:
     """Raises `ConfigError` for every mistake that can be known before anything is opened, loaded or written."""
     preset(run)
     model_path(run)
-    budget(run)
+    reading.check(run, preset(run), budget(run))
     api_key(run.web)
     store.check(run.web.cache)
     if run.model.remat not in REMAT:
@@ -77,7 +76,7 @@ class Host:
     preset: Preset
     searcher: Searcher
     browser: Browser
-    reader: Reader
+    reader: Reader | None  # None = the policy reads
     cache: Cache
     budget: Budget
 
@@ -100,6 +99,7 @@ class Host:
             searcher=self.searcher,
             browser=self.browser,
             reader=self.reader,
+            reading=reading.limits(run, self.preset),
             sampling=sampling,
             seed=seed,
             today=today,
@@ -153,7 +153,7 @@ async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPE
                 extract=parsers.extract,
                 max_segment_chars=web.segment_chars,
             ),
-            reader=ExtractiveReader(),
+            reader=await reading.open_reader(run, preset(run), cache, meter, stack),
             cache=cache,
             budget=meter,
         )
@@ -175,13 +175,14 @@ def budget(run: RunConfig, spent: Spent = NOTHING_SPENT) -> Budget:
 
 
 def cost_usd(run: RunConfig, steps: int) -> float:
-    """What `steps` steps cost at most: every turn of every episode a search with all its queries, none in the cache."""
-    limits = preset(run)
+    """What `steps` steps cost at most: every turn of every episode the dearest call there is, none in the cache."""
+    limits, price_usd = preset(run), budget(run).price_usd
+    search_usd = limits.max_queries * price_usd(search_provider(run.web).name)
     return estimate_usd(
-        budget(run).price_usd(search_provider(run.web).name),
+        max(search_usd, limits.max_urls * reading.page_usd(run, limits, price_usd)),
         questions=run.rollout.questions,
         rollouts=run.rollout.rollouts,
-        calls=(limits.max_turns - 1) * limits.max_queries,
+        calls=limits.max_turns - 1,
         steps=steps,
     )
 
@@ -329,16 +330,7 @@ def _questions(source: str, count: int) -> tuple[Question, ...]:
 
 def own_engine(web: Web) -> dict[str, tuple[str, int]]:
     """The endpoint's name and the (ip, port) to dial for it, where the run names one."""
-    if not web.endpoint_address:
-        return {}
-    address, _, port = web.endpoint_address.rpartition(":")
-    name = URL(web.endpoint).host
-    if not name or not port.isdecimal():
-        raise ConfigError(
-            f"config.web.endpoint_address: got {web.endpoint_address!r} for endpoint {web.endpoint!r}; need 'ip:port' "
-            "beside an endpoint such as 'http://searx.internal/search'"
-        )
-    return {name: (address.strip("[]"), int(port))}
+    return own_host("config.web.endpoint_address", web.endpoint, web.endpoint_address)
 
 
 def open_cache(web: Web, workdir: pathlib.Path) -> Cache:

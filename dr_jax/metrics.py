@@ -83,12 +83,23 @@ def rollout_summary(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
         "episodes": float(len(episodes)),
         "episodes/untrained": float(len(episodes) - len(good)),
     }
+    if reads := [call for e in good for call in e.calls if call.role is Role.READER]:
+        summary["reader/calls_mean"] = len(reads) / len(good)
+        summary["reader/mean_length"] = _mean([len(call.output) for call in reads])
     for score in sorted({name for e in good for name in e.scores}):
         summary[f"score/{score}"] = _mean([e.scores[score] for e in good])
     for reason in StopReason:
         summary[f"stop/{reason}"] = _mean([e.stop is reason for e in episodes])
     summary |= {f"tools/{tool}": float(count) for tool, count in sorted(tools.items())}
     return summary | {f"failures/{kind}": float(failures[kind]) for kind in FailureKind if failures[kind]}
+
+
+def tokens(episode: Episode) -> int:
+    """How many tokens the sampler had before it in all: those of the conversation, which each turn extends, and those
+    of every call beside it."""
+    whole = [len(call.prompt) + len(call.output) for call in episode.calls if call.role is Role.POLICY]
+    aside = [len(call.prompt) + len(call.output) for call in episode.calls if call.role is not Role.POLICY]
+    return max(whole, default=0) + sum(aside)
 
 
 def policy_tokens(episode: Episode) -> int:

@@ -42,16 +42,32 @@ class Web:
     robots: bool  # obey robots.txt
     min_delay_s: float  # between the starts of two requests to one site
     blocked_domains: tuple[str, ...]  # never read or shown, nor anything below them; e.g. sites that print a benchmark
-    reader: str  # 'extractive' = no model
+    reader: str  # 'extractive' = no model; 'policy' = the model in training; 'endpoint' = another one, behind an API
     segment_chars: int  # a page is read in segments of at most this many characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Of `web.reader` 'policy' and 'endpoint': a language model that is shown a page segment by segment."""
+
+    max_segments: int  # of one page
+    patience: int  # segments in which nothing was found, after which a page is given up
+    max_tokens: int  # of one answer
+    train: bool  # 'policy': its reading is trained too, each call with the advantage of its episode
+    endpoint: str  # 'endpoint': base URL of any OpenAI-compatible API, such as 'https://api.openai.com/v1'
+    endpoint_address: str  # 'ip:port' to dial for it where it is a private address; '' = as its name resolves
+    model: str  # as the endpoint names it
+    key_variable: str  # name of the environment variable that holds its key; '' = it asks for none
+    parameters: Mapping[str, Any]  # sent along, over temperature 0 and max_tokens; None leaves one of them out
+    max_concurrent: int  # requests to the endpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
     max_usd: float  # at list price, by the whole run; 0 = no limit, as below
-    max_calls: int  # searches and pages that the cache does not answer
+    max_calls: int  # searches, pages and readings by an endpoint that the cache does not answer
     max_bytes: int  # of answers, decoded
-    prices: Mapping[str, float]  # US dollars per search by provider, over those of web.budget.PRICES
+    prices: Mapping[str, float]  # US dollars by service, over web.budget.PRICES; 'reader_input': a million tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +162,7 @@ class RunConfig:
     steps: int
     questions: Questions
     web: Web
+    reading: Reading
     budget: Budget
     agent: Agent
     rollout: Rollout
@@ -167,7 +184,8 @@ _POSITIVE = (
     "engine.tensor", "engine.prefill_rows", "engine.prefill_chunk", "engine.decode_steps", "batch.rows",
     "batch.row_tokens", "batch.micro_rows", "optim.lr", "optim.grad_clip", "checkpoint.every_steps", "checkpoint.keep",
     "eval.questions", "export.max_shard_gb", "agent.deadline_s", "agent.top_p", "web.segment_chars",
-    "web.max_concurrent_searches", "web.cache_ttl_s",
+    "web.max_concurrent_searches", "web.cache_ttl_s", "reading.max_segments", "reading.patience", "reading.max_tokens",
+    "reading.max_concurrent",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "agent.temperature", "agent.top_k", "rollout.max_infra_fraction", "grpo.clip_low", "grpo.clip_high",
@@ -176,7 +194,7 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 _CHOICES = {
     "web.cache_mode": ("live", "record", "replay"),
-    "web.reader": ("extractive",),
+    "web.reader": ("extractive", "policy", "endpoint"),
     "model.dtype": ("float32", "bfloat16"),
     "export.dtype": ("float32", "bfloat16"),
     "grpo.advantage": ("std", "mean"),

@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import fcntl
 import json
+import logging
 import pathlib
 import sys
 import time
@@ -31,7 +32,7 @@ from dr_jax.learner.checkpoint import Checkpoints
 from dr_jax.learner.state import TrainState, abstract_state, init_state
 from dr_jax.learner.step import make_train_step, put_batch
 from dr_jax.model import hf
-from dr_jax.records import Question
+from dr_jax.records import Question, Role
 from dr_jax.rollout import journal, scheduler
 from dr_jax.rollout.advantages import group_advantages
 from dr_jax.rollout.pack import pack, segments
@@ -39,6 +40,8 @@ from dr_jax.rollout.scheduler import Group
 from dr_jax.run_config import RunConfig
 from dr_jax.task.questions import QuestionOrder
 from dr_jax.web.budget import NOTHING_SPENT, Spent
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -139,7 +142,7 @@ class Trainer:
         summary = metrics.rollout_summary([group.episodes for group in groups])
         standing.infra_failures += int(summary["infra_failures"])
         step_s = time.monotonic() - started_s
-        tokens = sum(len(e.calls[-1].prompt) + len(e.calls[-1].output) for e in episodes if e.calls)
+        tokens = sum(map(metrics.tokens, episodes))
         return (
             summary
             | learned
@@ -171,7 +174,7 @@ class Trainer:
         `equal_groups='skip'` also leaves out the groups that say nothing about the policy, and with them their tokens
         in the loss's denominator: DAPO's filter (arXiv 2503.14476, section 3.2) without drawing others in their place.
         """
-        run, rows = self.run, []
+        run, rows, reads = self.run, [], []
         for group in groups:
             trainable = [e.trainable for e in group.episodes]
             rewards = [e.reward for e in group.episodes]
@@ -181,8 +184,11 @@ class Trainer:
             for e, advantage in zip(group.episodes, advantages, strict=True):
                 if e.trainable:
                     rows += segments(e, float(advantage))
-        batch = pack(rows, rows=run.batch.rows, row_tokens=run.batch.row_tokens)
+                    reads += segments(e, float(advantage), Role.READER) if run.reading.train else ()
+        batch = pack(rows, rows=run.batch.rows, row_tokens=run.batch.row_tokens, optional=reads)
         batch.check()
+        if left_out := len(rows) + len(reads) - int(batch.segment_bt.max(1).sum()):
+            log.warning("%d of %d calls of the reader are not trained: raise config.batch.rows", left_out, len(reads))
         return batch
 
     def learn(self, batch: PackedBatch) -> dict[str, float]:

@@ -43,7 +43,7 @@ WHAT IS NEW AND USEFUL, OR NOTHING
 
 Instead of yes, write no where the rest of the page will not help, or the number of the listed part to read next."""
 
-_MAX_QUESTION_CHARS = 2000
+_MAX_QUESTION_CHARS, _MAX_QUERY_CHARS = 2000, 2048
 _MAX_LISTED = 20  # unread parts shown by their headings
 _MAX_HEADING_CHARS = 100
 _CHARS_PER_TOKEN = 6  # more are not kept of an answer; prose has about four
@@ -126,7 +126,7 @@ class ModelReader:
         return Excerpt(
             url=page.url,
             question=question[:_MAX_QUESTION_CHARS],
-            query=query,
+            query=query[:_MAX_QUERY_CHARS],
             notes=tuple(_newest(known, self.limits.max_notes_chars)),
             number=place + 1,
             parts=len(page.segments),
@@ -164,6 +164,13 @@ def _ours(text: str) -> Text:
 def _theirs(text: str) -> Text:
     """Text from outside, which may spell none of our tags: a page would end its own text and begin another's."""
     return Text(_TAG.sub("< ", text), Origin.WORLD)
+
+
+def max_prompt_chars(limits: ReadingLimits, segment_chars: int) -> int:
+    """How long a prompt can be."""
+    frame = "".join(piece.text for piece in render(Excerpt("", "", "", (), 10**6, 10**6, "", ((10**6, "x"),), 0)))
+    outside = _MAX_QUESTION_CHARS + _MAX_QUERY_CHARS + limits.max_notes_chars + segment_chars
+    return len(SYSTEM) + len(frame) + outside + _MAX_LISTED * (_MAX_HEADING_CHARS + 10)
 
 
 def ask_policy(transcript: Transcript, chat: Chat, limits: ReadingLimits, *, context_tokens: int) -> Ask:
@@ -242,7 +249,7 @@ def _newest(notes: Sequence[str], max_chars: int) -> list[str]:
     """The last of `notes` that have `max_chars` together, in their order."""
     kept: list[str] = []
     for note in reversed(notes):
-        max_chars -= len(note)
+        max_chars -= len(note) + 3  # and what a list adds to it
         if max_chars < 0:
             break
         kept.insert(0, note)

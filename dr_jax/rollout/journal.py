@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from dr_jax.metrics import policy_tokens
 from dr_jax.records import Episode
 
 
@@ -49,7 +50,7 @@ def _row(episode: Episode) -> dict[str, Any]:
         "detail": episode.detail,
         "trainable": episode.trainable,
         "response": episode.response,
-        "policy_tokens": sum(len(call.output) for call in episode.calls),
+        "policy_tokens": policy_tokens(episode),
         "tools": [
             {
                 "tool": use.tool,

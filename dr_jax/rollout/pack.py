@@ -1,13 +1,14 @@
 """Episodes -> `PackedBatch`. Nothing is re-tokenised: a row holds the very ids the sampler saw and drew.
 
 Calls whose prompts extend each other share one segment (checked on ids); any other call graph simply gives more
-segments. The loss mask is a by-product of who wrote each token: weight is 1 on the outputs of policy calls, 0
-elsewhere.
+segments. The loss mask is a by-product of who wrote each token: weight is 1 on the outputs of the calls that are
+trained, 0 elsewhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,11 +28,13 @@ class Segment:
     advantage: float
 
 
-def segments(episode: Episode, advantage: float) -> tuple[Segment, ...]:
-    """The trained segments of an episode: chains of policy calls merged where each prompt extends the last."""
+def segments(episode: Episode, advantage: float, role: Role = Role.POLICY) -> tuple[Segment, ...]:
+    """The trained segments of an episode: chains of the calls of `role`, merged where each prompt extends the last.
+
+    A reader's prompts are written anew for each part of a page, so each of its calls is a segment."""
     merged: list[Segment] = []
     for call in episode.calls:
-        if call.role is not Role.POLICY or len(call.output) == 0:
+        if call.role is not role or len(call.output) == 0:
             continue
         if merged and _extends(call.prompt, merged[-1].token):
             merged[-1] = _append(merged[-1], call)
@@ -41,10 +44,13 @@ def segments(episode: Episode, advantage: float) -> tuple[Segment, ...]:
     return tuple(merged)
 
 
-def pack(all_segments: Sequence[Segment], *, rows: int, row_tokens: int) -> PackedBatch:
+def pack(
+    all_segments: Sequence[Segment], *, rows: int, row_tokens: int, optional: Sequence[Segment] = ()
+) -> PackedBatch:
     """Segments placed first-fit in the order of falling length into `rows` x `row_tokens`; unused rows stay padding.
 
-    Which row a segment lands in depends on lengths and input order alone, so equal rollouts give equal batches.
+    Those of `optional` take what room the others leave, and are left out where there is none. Which row a segment lands
+    in depends on lengths and input order alone, so equal rollouts give equal batches.
 
     Raises:
       BatchError: a segment is longer than a row, or the segments need more rows than there are.
@@ -52,10 +58,13 @@ def pack(all_segments: Sequence[Segment], *, rows: int, row_tokens: int) -> Pack
     batch = PackedBatch.empty(rows, row_tokens)
     used_b = np.zeros(rows, np.int64)
     count_b = np.zeros(rows, np.int32)
-    for segment in sorted(all_segments, key=lambda s: -len(s.token)):
+    in_order = (sorted(some, key=lambda s: -len(s.token)) for some in (all_segments, optional))
+    for number, segment in enumerate(itertools.chain(*in_order)):
         length = len(segment.token)
         fits = used_b + length <= row_tokens
         if not fits.any():
+            if number >= len(all_segments):
+                continue
             raise BatchError(
                 f"a segment of {length} tokens does not fit: {rows} rows of {row_tokens} tokens are full. "
                 "Raise config.batch.rows or config.batch.row_tokens"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
@@ -15,27 +17,60 @@ from dr_jax.web.breaker import Breaker
 from dr_jax.web.budget import READER, Budget, reader_usd
 
 _FRAME_TOKENS = 64  # of the chat template, which we do not see
-_OWN = ("model", "messages", "stream", "n")  # what `parameters` must leave alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """Which model is asked, and how. `ConfigError` where that cannot be right.
+
+    `parameters` are sent as they are, over temperature 0 and `max_tokens`; one that is None is left out, for models
+    that do not take it."""
+
+    base_url: str  # what OpenAI's own clients call so, such as 'https://api.openai.com/v1'
+    model: str
+    api_key: str | None = dataclasses.field(default=None, repr=False)  # None = it asks for none
+    max_tokens: int = 512  # of one answer
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.headers()
+        check_endpoint("reading.endpoint", self.base_url, "reader 'endpoint'", keyed=self.api_key is not None)
+        if not self.model:
+            raise ConfigError("reading.model: is empty; give the name by which the endpoint knows its model")
+        if taken := sorted(set(self.parameters) & {"model", "messages", "stream", "n"}):
+            raise ConfigError(f"reading.parameters: {', '.join(taken)} cannot be set here")
+        if self.most_tokens < 1:
+            raise ConfigError("reading.parameters: one of max_tokens, max_completion_tokens must limit an answer")
+
+    def headers(self) -> dict[str, str]:
+        if self.api_key is None:
+            return {}
+        complaint = "reading.key_variable: the endpoint needs a key that a header can hold; export it"
+        return {"Authorization": f"Bearer {check_key(self.api_key, complaint)}"}
+
+    def request(self) -> dict[str, Any]:
+        """What is sent beside the messages."""
+        request = {"model": self.model, "temperature": 0.0, "max_tokens": self.max_tokens, **self.parameters}
+        return {name: value for name, value in request.items() if value is not None}
+
+    @property
+    def most_tokens(self) -> int:
+        """What an answer can have at most; 0 = nothing limits it."""
+        limits = [self.request().get(name) for name in ("max_tokens", "max_completion_tokens")]
+        return max((limit for limit in limits if type(limit) is int), default=0)
 
 
 class ChatClient:
-    """Asks one model. Never raises for what it is asked or answered; cancellation passes.
+    """Asks one endpoint. Never raises for what it is asked or answered; cancellation passes.
 
-    `base_url` is what OpenAI's own clients call so, such as 'https://api.openai.com/v1'; `session` comes from
-    `http.open_session` and serves this endpoint alone (`api.Api`). `api_key` None: it asks for none. `parameters` are
-    sent as they are, over temperature 0 and `max_tokens`; one that is None is left out, for models that do not take
-    it. `budget` is asked before each attempt for the most that it can cost, and settled by the tokens that the answer
-    says it took."""
+    `session` comes from `http.open_session` and serves this endpoint alone (`api.Api`). `budget` is asked before each
+    attempt for the most that it can cost, and settled by the tokens that the answer says it took."""
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
+        endpoint: Endpoint,
         *,
-        base_url: str,
-        model: str,
-        api_key: str | None = None,
-        max_tokens: int = 512,
-        parameters: Mapping[str, Any] | None = None,
         timeout_s: float = 60.0,
         max_concurrent: int = 32,
         retries: int = 2,
@@ -43,26 +78,12 @@ class ChatClient:
         breaker: Breaker | None = None,
         budget: Budget | None = None,
     ):
-        headers = {}
-        if api_key is not None:
-            complaint = "reading.key_variable: the endpoint needs a key that a header can hold; export it"
-            headers["Authorization"] = f"Bearer {check_key(api_key, complaint)}"
-        url = check_endpoint("reading.endpoint", base_url, "reader 'endpoint'", keyed=bool(headers))
-        if not model:
-            raise ConfigError("reading.model: is empty; give the name by which the endpoint knows its model")
-        if taken := sorted(set(parameters or ()) & set(_OWN)):
-            raise ConfigError(f"reading.parameters: {', '.join(taken)} cannot be set here")
+        url = URL(endpoint.base_url) / "chat" / "completions"
         self._api = Api(
-            session, READER, url / "chat" / "completions", headers=headers, timeout_s=timeout_s,
-            max_concurrent=max_concurrent, retries=retries, backoff_s=backoff_s, breaker=breaker,
+            session, READER, url, headers=endpoint.headers(), timeout_s=timeout_s, max_concurrent=max_concurrent,
+            retries=retries, backoff_s=backoff_s, breaker=breaker,
         )  # fmt: skip
-        request = {"model": model, "temperature": 0.0, "max_tokens": max_tokens, **(parameters or {})}
-        self._request = {name: value for name, value in request.items() if value is not None}
-        limits = [self._request.get(name) for name in ("max_tokens", "max_completion_tokens")]
-        self._max_tokens = max((limit for limit in limits if type(limit) is int), default=0)
-        if self._max_tokens < 1:
-            raise ConfigError("reading.parameters: one of max_tokens, max_completion_tokens must limit an answer")
-        self._budget = budget
+        self._request, self._max_tokens, self._budget = endpoint.request(), endpoint.most_tokens, budget
         if budget:
             self._usd(0, 0)  # ConfigError now, not in the middle of a run
 

@@ -10,6 +10,7 @@ import email.utils
 import random
 import socket
 import ssl
+import urllib.parse
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
@@ -65,6 +66,24 @@ def open_session(
         headers={"User-Agent": agent, "Accept-Encoding": "gzip, deflate"},
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect_s, sock_read=timeouts.idle_s),
     )
+
+
+def own_host(field: str, endpoint: str, address: str) -> dict[str, tuple[str, int]]:
+    """`hosts` for an endpoint of one's own: its name and the (ip, port) to dial for it; nothing where `address` is ''.
+
+    Raises:
+      ConfigError: `address`, which is what `field` says, is not 'ip:port', or there is no name to dial it for.
+    """
+    if not address:
+        return {}
+    ip, _, port = address.rpartition(":")
+    name = urllib.parse.urlsplit(endpoint).hostname
+    if not name or not port.isdecimal():
+        raise ConfigError(
+            f"{field}: got {address!r} for endpoint {endpoint!r}; need 'ip:port' beside an endpoint such as "
+            "'http://searx.internal/search'"
+        )
+    return {name: (ip.strip("[]"), int(port))}
 
 
 class _Inflater:
