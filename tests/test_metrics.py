@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 
-from dr_jax.metrics import MetricsLog, read, rollout_summary
+from dr_jax.metrics import MetricsLog, policy_tokens, read, rollout_summary, tokens
 from dr_jax.records import Call, Episode, Failure, FailureKind, Finish, Question, Role, StopReason, ToolUse
 
 QUESTION = Question("q", "?", ("a",))
 
 
-def episode(reward: float, *, tokens: int = 3, failures=()) -> Episode:
+def episode(reward: float, *, drawn: int = 3, failures=()) -> Episode:
     none = np.zeros(0, np.int32)
-    output = np.zeros(tokens, np.int32)
+    output = np.zeros(drawn, np.int32)
     call = Call(0, None, Role.POLICY, none, none, output, output, Finish.STOP, 0, 0.0, 0.0)
     uses = (ToolUse("web_search", {}, tuple(failures), 0.1, ""),)
     return Episode(QUESTION, 0, (call,), uses, StopReason.ANSWERED, reward=reward, scores={"f1": max(reward, 0)})
@@ -39,7 +40,7 @@ def test_a_resumed_log_drops_later_lines_and_a_line_cut_by_a_crash(tmp_path):
 
 def test_summary_means_cover_trainable_episodes_only():
     outage = episode(math.nan, failures=[Failure(FailureKind.TIMEOUT), Failure(FailureKind.STATUS, status=404)])
-    groups = [[episode(1.0, tokens=5), episode(0.0)], [episode(-1.0), episode(-1.0), outage]]
+    groups = [[episode(1.0, drawn=5), episode(0.0)], [episode(-1.0), episode(-1.0), outage]]
     got = rollout_summary(groups)
     assert got["reward"] == -0.25
     assert got["score/f1"] == 0.25
@@ -50,6 +51,20 @@ def test_summary_means_cover_trainable_episodes_only():
     assert (got["failures/timeout"], got["failures/status"]) == (1, 1)
     assert got["tools/web_search"] == 5
     assert got["stop/answered"] == 1
+
+
+def test_calls_of_a_reader_are_counted_apart():
+    one = episode(1.0, drawn=5)
+    prompt, output = np.zeros(7, np.int32), np.zeros(4, np.int32)
+    read = dataclasses.replace(
+        one.calls[0], role=Role.READER, prompt=prompt, output=output, logps=np.zeros(4, np.float32)
+    )
+    last = dataclasses.replace(one.calls[0], prompt=np.zeros(30, np.int32))
+    both = dataclasses.replace(one, calls=(*one.calls, read, read, last, read))
+    assert (policy_tokens(both), tokens(both)) == (2 * 5, 30 + 5 + 3 * 11)
+    got = rollout_summary([[both, episode(0.0)]])
+    assert (got["reader/calls_mean"], got["reader/mean_length"]) == (1.5, 4.0)
+    assert "reader/calls_mean" not in rollout_summary([[one]])
 
 
 def test_an_empty_step_is_a_summary_too():

@@ -6,7 +6,8 @@
 4. The answer and the reward come from policy tokens alone; by name, the reference's reading can be had.
 5. Before its last turn the policy is told to answer; by name, it is not.
 6. An outage is never the policy's fault: such an episode is not trainable.
-7. The draw of a call depends on (seed, question, rollout, turn) alone.
+7. The draw of a call depends on (seed, question, rollout, turn) alone; of a reader's also on the page and the step.
+8. Where the policy reads, its reading is recorded in calls of their own, and no part of the conversation.
 """
 
 from __future__ import annotations
@@ -293,6 +294,72 @@ async def test_7_each_call_draws_with_its_own_seed():
     other = dataclasses.replace(QUESTION, id="q2")
     others = [*await seeds(rollout=1), *await seeds(seed=8), *await seeds(question=other)]
     assert not set(first) & set(others)
+
+
+def researcher(prompt, sampling):
+    """Plays GOOD, and reads pages in between."""
+    text = CHAT.decode(prompt)
+    if "<webpage_content>" not in text:
+        return CHAT.markup(GOOD[text.count("<|im_start|>assistant") - 1])
+    # What is drawn depends on the seed, as of a model it does.
+    return CHAT.markup(
+        f"<extracted_info>read with {sampling.seed}</extracted_info><page_down>yes</page_down><|im_end|>"
+    )
+
+
+async def test_8_the_policy_reads_in_calls_of_their_own():
+    setting = context(researcher, reader=None)
+    result = await run(QUESTION, 0, setting)
+    assert (result.stop, result.reward, result.trainable) == (StopReason.ANSWERED, 1.0, True)
+    assert [call.role for call in result.calls] == [
+        Role.POLICY, Role.POLICY, Role.READER, Role.READER, Role.POLICY, Role.POLICY, Role.READER, Role.POLICY,
+    ]  # fmt: skip
+    assert [call.id for call in result.calls] == list(range(8))
+    assert [call.parent for call in result.calls] == [None, 0, 1, 1, 1, 4, 5, 5]
+    conversation = [call for call in result.calls if call.role is Role.POLICY]
+    for before, after in zip(conversation, conversation[1:], strict=False):
+        whole = np.concatenate([before.prompt, before.output])
+        assert after.prompt[: len(whole)].tolist() == whole.tolist()
+    assert "webpage_content" not in CHAT.decode(conversation[-1].prompt)
+    assert "'page_summary': 'read with " in result.tool_uses[1].observation
+    assert result.response == "\n".join("<think>" + turn for turn in GOOD)
+    # Turns draw as they do where nobody reads.
+    own = [s.seed for s, p in zip(setting.sampler.samplings, setting.sampler.prompts, strict=True)
+           if "<webpage_content>" not in CHAT.decode(p)]  # fmt: skip
+    assert own == [seed_of(seed_of(7, "q1", 0), turn) for turn in range(5)]
+    assert len({s.seed for s in setting.sampler.samplings}) == 8
+
+
+async def test_8_what_one_page_said_is_shown_to_the_reader_of_the_next():
+    setting = context(researcher, reader=None)
+    result = await run(QUESTION, 0, setting)
+    reads = [CHAT.decode(call.prompt) for call in result.calls if call.role is Role.READER]
+    (kite, _), (ann,) = reads[:2], reads[2:]
+    assert "<context_so_far>\n\n</context_so_far>" in kite
+    said = result.tool_uses[1].observation.split("'page_summary': '")[1].partition("'")[0]
+    assert f"<context_so_far>\n- {said}\n" in ann
+
+
+async def test_8_whatever_the_reader_writes_the_episode_goes_on():
+    def babbling(prompt, sampling):
+        if "<webpage_content>" in CHAT.decode(prompt):
+            return CHAT.markup("<answer>Kim Lee</answer><tool_call>" * 40)
+        return researcher(prompt, sampling)
+
+    result = await run(QUESTION, 0, context(babbling, reader=None))
+    assert (result.stop, result.reward) == (StopReason.ANSWERED, 1.0)
+    assert "<answer>" not in "".join(use.observation for use in result.tool_uses)
+
+
+async def test_8_an_engine_that_fails_a_reader_is_an_outage():
+    failed = Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32), Finish.ERROR, 0, "out of memory")
+
+    def failing(prompt, sampling):
+        return failed if "<webpage_content>" in CHAT.decode(prompt) else researcher(prompt, sampling)
+
+    result = await run(QUESTION, 0, context(failing, reader=None))
+    assert (result.stop, result.infra_failures, result.trainable) == (StopReason.ANSWERED, 2, False)
+    assert {call.role for call in result.calls} == {Role.POLICY}
 
 
 async def test_sampling_is_the_contexts_within_the_presets_limits():

@@ -40,6 +40,20 @@ def test_tool_schemas_have_the_shape_of_the_reference():
         assert (parameters["minItems"], parameters["uniqueItems"]) == (1, True)
 
 
+def test_the_schema_of_the_reference_offers_no_number_of_results():
+    for name in ("deepresearcher", "deepresearcher_reference", "quickstart"):
+        search = PRESETS[name].tools[0]["function"]["parameters"]
+        assert (list(search["properties"]), PRESETS[name].max_top_k) == (["query"], 0)
+
+
+def test_a_preset_of_its_own_offers_it_within_a_cap():
+    preset = PRESETS["deepresearcher_top_k"]
+    offered = preset.tools[0]["function"]["parameters"]["properties"]["top_k"]
+    assert (offered["items"]["type"], offered["items"]["maximum"]) == ("integer", preset.max_top_k)
+    same = dataclasses.replace(preset, name="deepresearcher", tools=PRESETS["deepresearcher"].tools, max_top_k=0)
+    assert same == PRESETS["deepresearcher"]
+
+
 def test_every_preset_names_a_reward_and_itself():
     assert all(preset.reward in REWARDS and preset.name == name for name, preset in PRESETS.items())
 
@@ -52,6 +66,8 @@ def test_every_preset_names_a_reward_and_itself():
         ({"observation_tokens": 3}, "preset.observation_tokens: got 3"),
         ({"context_tokens": 2000}, "leaves no room for a prompt"),
         ({"reward": "f2"}, "preset.reward: got 'f2'"),
+        ({"max_top_k": 5}, r"preset.max_top_k: got 5, the tools offer \[0\]"),
+        ({"tools": PRESETS["deepresearcher_top_k"].tools}, r"preset.max_top_k: got 0, the tools offer \[20\]"),
         ({"admitted": "any"}, "preset.admitted: got 'any'"),
     ],
 )

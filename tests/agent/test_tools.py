@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import asyncio
 import dataclasses
 import json
@@ -110,6 +111,31 @@ def test_a_preset_with_one_tool_knows_only_that():
     search_only = dataclasses.replace(PRESET, tools=PRESET.tools[:1])
     ids = CHAT.markup(call({"url_list": ["http://a"]}, "browse_webpage"))
     assert parse_turn(ids, CHAT, search_only) == Malformed("unknown tool")
+
+
+TOP_K = PRESETS["deepresearcher_top_k"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"query": ["a", "b"], "top_k": [3, 7]}, ToolCall("web_search", ("a", "b"), (3, 7))),
+        ({"query": ["a", "b"], "top_k": [0, 10**30]}, ToolCall("web_search", ("a", "b"), (1, 20))),
+        ({"query": list("abcd"), "top_k": [-1, 2, 3, 4]}, ToolCall("web_search", ("a", "b", "c"), (1, 2, 3))),
+        ({"query": [], "top_k": []}, ToolCall("web_search", ())),
+        ({"query": ["a"], "top_k": None}, ToolCall("web_search", ("a",))),
+        ({"query": ["a"]}, ToolCall("web_search", ("a",))),
+    ],
+)
+def test_how_many_results_each_query_returns(arguments, expected):
+    assert parse_turn(CHAT.markup(call(arguments)), CHAT, TOP_K) == expected
+
+
+@pytest.mark.parametrize("top_k", [5, "5", ["5"], [5.0], [True], [None], [], [5, 5], {"a": 5}, [[5]]])
+def test_a_number_of_results_that_is_none_is_malformed_where_it_is_offered(top_k):
+    ids = CHAT.markup(call({"query": ["a"], "top_k": top_k}))
+    assert parse_turn(ids, CHAT, TOP_K) == Malformed("top_k is not a list of whole numbers, one for each query")
+    assert parse_turn(ids, CHAT, PRESET) == ToolCall("web_search", ("a",))  # any other argument, where it is not
 
 
 PIECES = st.sampled_from([
@@ -226,6 +252,26 @@ async def test_a_query_that_cannot_be_sent_is_not_sent(query):
     assert [failure.kind for failure in use.failures] == [FailureKind.BAD_REQUEST]
     assert web.requests == ["kite"]
     assert len(CHAT.plain(use.observation)) < 3000
+
+
+async def test_each_query_returns_as_many_results_as_it_asked_for():
+    web = TinyWeb({f"http://{i}": Page(f"http://{i}", "kite", ("kite",)) for i in range(30)})
+    use = await toolbox(web, TOP_K).use(ToolCall("web_search", ("kite", "kite", "kite"), (1, 20, 4)))
+    found = ast.literal_eval(use.observation)
+    assert [len(one["web_page_info_list"]) for one in found] == [1, 20, 4]
+    assert use.arguments == {"query": ["kite"] * 3, "top_k": [1, 20, 4]}
+    use = await toolbox(web, TOP_K).use(search("kite"))
+    assert len(ast.literal_eval(use.observation)[0]["web_page_info_list"]) == TOP_K.search_top_k
+
+
+async def test_a_page_named_twice_is_read_once():
+    web = TinyWeb(WEB)
+    tools = toolbox(web)
+    await tools.use(search("kite"))
+    use = await tools.use(browse("http://a", "http://gone", "http://a", "http://gone"))
+    assert web.requests == ["kite", "http://a"]
+    assert [one["url"] for one in ast.literal_eval(use.observation)] == ["http://a", "http://gone"] * 2
+    assert [failure.kind for failure in use.failures] == [FailureKind.NOT_IN_RESULTS] * 2
 
 
 async def test_a_call_without_queries_observes_an_empty_list():

@@ -51,6 +51,36 @@ def test_calls_of_other_roles_are_not_trained():
     assert segments(episode(call([1], [2], role=Role.READER)), 1.0) == ()
 
 
+def test_calls_of_a_reader_are_segments_of_their_own_where_they_are_asked_for():
+    calls = (
+        call([1, 2], [3, 4], logp=-0.1),
+        call([9, 8, 7], [6, 5], role=Role.READER, logp=-0.2),
+        call([9, 8, 8], [6], role=Role.READER, logp=-0.3),
+        call([1, 2, 3, 4, 5], [6], logp=-0.4),
+    )
+    (conversation,) = segments(episode(*calls), 1.5)
+    assert conversation.token.tolist() == [1, 2, 3, 4, 5, 6]
+    assert conversation.weight.tolist() == [0, 0, 1, 1, 0, 1]
+    first, second = segments(episode(*calls), 1.5, Role.READER)
+    assert (first.token.tolist(), first.weight.tolist()) == ([9, 8, 7, 6, 5], [0, 0, 0, 1, 1])
+    np.testing.assert_allclose(first.logp, [0, 0, 0, -0.2, -0.2])
+    assert (second.token.tolist(), second.weight.tolist()) == ([9, 8, 8, 6], [0, 0, 0, 1])
+    np.testing.assert_allclose(second.logp, [0, 0, 0, -0.3])
+    assert (first.advantage, second.advantage) == (1.5, 1.5)
+    batch = pack([conversation], rows=2, row_tokens=8, optional=[first, second])
+    batch.check()
+    assert batch.segment_bt.tolist() == [[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]  # the last found no room
+    np.testing.assert_array_equal(batch.token_bt[1, :5], first.token)
+
+
+def test_optional_segments_take_only_room_that_is_left():
+    def of(length):
+        return Segment(np.full(length, length, np.int32), np.zeros(length, np.float32), np.zeros(length, np.float32), 0)
+
+    batch = pack([of(3), of(6)], rows=2, row_tokens=8, optional=[of(8), of(2), of(5), of(1)])
+    assert batch.token_bt.tolist() == [[6] * 6 + [2, 2], [3, 3, 3, 5, 5, 5, 5, 5]]
+
+
 def test_a_log_probability_a_hair_above_zero_is_clipped():
     (segment,) = segments(episode(call([1], [2], logp=1e-7)), 1.0)
     assert segment.logp.max() <= 0

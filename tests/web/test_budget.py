@@ -8,13 +8,24 @@ import pytest
 
 from dr_jax.errors import ConfigError, RolloutHalted
 from dr_jax.records import FailureKind
-from dr_jax.web.budget import PAGE, PRICES, Budget, MeteredFetcher, Spent, estimate_usd
+from dr_jax.web.budget import (
+    PAGE,
+    PRICES,
+    READER,
+    READER_INPUT,
+    READER_OUTPUT,
+    Budget,
+    MeteredFetcher,
+    Spent,
+    estimate_usd,
+    reader_usd,
+)
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.search_wire import PROVIDERS
 
 
 def test_every_provider_has_a_price_with_source_and_date():
-    assert set(PRICES) == {*PROVIDERS, PAGE}
+    assert set(PRICES) == {*PROVIDERS, PAGE, READER}
     for price in PRICES.values():
         assert price.source
         assert re.fullmatch(r"20\d\d-\d\d", price.read)
@@ -24,6 +35,22 @@ def test_a_run_is_priced_before_it_starts():
     price_usd = Budget().price_usd("serper")
     assert estimate_usd(price_usd, questions=256, rollouts=16, calls=3, steps=50) == pytest.approx(614.4)
     assert estimate_usd(0.0, questions=256, rollouts=16, calls=3) == 0.0
+
+
+def test_a_reader_is_priced_by_the_million_tokens_and_by_the_call():
+    budget = Budget(prices={READER: 0.01, READER_INPUT: 0.4, READER_OUTPUT: 1.2})
+    assert reader_usd(budget.price_usd, 5000, 500) == pytest.approx(0.01 + 0.002 + 0.0006)
+    with pytest.raises(ConfigError, match="no price for 'reader_output'; give US dollars per million tokens"):
+        Budget(prices={READER_INPUT: 0.4}).price_usd(READER_OUTPUT)
+
+
+def test_what_a_call_can_cost_is_held_until_it_is_settled():
+    budget = Budget(max_usd=0.01)
+    assert budget.take(READER, usd=0.008) is None
+    assert budget.take(READER, usd=0.008).kind is FailureKind.QUOTA_EXHAUSTED
+    budget.give_back(READER, usd=0.006)
+    assert budget.take(READER, usd=0.008) is None
+    assert budget.run == Spent(2, 0, 0.01)
 
 
 def test_spending_to_the_last_cent_and_not_one_call_more():
