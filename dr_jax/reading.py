@@ -37,7 +37,7 @@ def check(run: RunConfig, preset: Preset, meter: Budget) -> None:
         )
     if run.web.reader == "endpoint":
         endpoint(run)
-        own_host("config.reading.endpoint_address", run.reading.endpoint, run.reading.endpoint_address)
+        own_endpoint(run)
         page_usd(run, preset, meter.price_usd)
 
 
@@ -71,6 +71,11 @@ def endpoint(run: RunConfig) -> Endpoint:
     )
 
 
+def own_endpoint(run: RunConfig) -> dict[str, tuple[str, int]]:
+    """The endpoint's name and the (ip, port) to dial for it, where the run names one."""
+    return own_host("config.reading.endpoint_address", run.reading.endpoint, run.reading.endpoint_address)
+
+
 async def open_reader(
     run: RunConfig, preset: Preset, cache: Cache, meter: Budget, stack: contextlib.AsyncExitStack
 ) -> Reader | None:
@@ -79,11 +84,10 @@ async def open_reader(
         return ExtractiveReader()
     if run.web.reader == "policy":
         return None
-    reading, asked, caps = run.reading, endpoint(run), limits(run, preset)
+    asked, caps = endpoint(run), limits(run, preset)
     # Only this session may go to an address of one's own, never the fetcher.
-    hosts = own_host("config.reading.endpoint_address", reading.endpoint, reading.endpoint_address)
-    session = await stack.enter_async_context(open_session(hosts=hosts, contact=run.web.contact))
-    client = ChatClient(session, asked, max_concurrent=reading.max_concurrent, budget=meter)
+    session = await stack.enter_async_context(open_session(hosts=own_endpoint(run), contact=run.web.contact))
+    client = ChatClient(session, asked, max_concurrent=run.reading.max_concurrent, budget=meter)
     identity = {**client.identity, "version": model_reader.VERSION, "limits": repr(caps)}
     return CachedReader(ModelReader(ask_endpoint(client), caps), cache, identity=identity)
 

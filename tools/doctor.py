@@ -96,8 +96,8 @@ def examine(run: RunConfig, values: FlagValues) -> int:
     patience_s = values.limit_s + 2 * _NETWORK_S  # JAX and the network have limits of their own, and imports take time
     until_s, found = time.monotonic() + patience_s, versions()
     checks = {
-        "devices": devices, "model": model, "provider": provider, "egress": egress, "page": page, "workdir": workdir,
-        "memory": memory, "files": files,
+        "devices": devices, "model": model, "provider": provider, "egress": egress, "reader": reader, "page": page,
+        "workdir": workdir, "memory": memory, "files": files,
     }  # fmt: skip
     threads = concurrent.futures.ThreadPoolExecutor(len(checks))
     running = {name: threads.submit(check, run, values) for name, check in checks.items()}
@@ -116,7 +116,7 @@ def report(found: list[Finding]) -> int:
         print(f"{name:<9} {verdict:<4}  {text}")
     ill = [finding.name for finding in found if finding.verdict == "mend"]
     print(f"mend: {', '.join(ill)}" if ill else "nothing to mend")
-    if {"provider", "egress", "page"} & set(ill):
+    if {"provider", "egress", "reader", "page"} & set(ill):
         print("The embedded world needs neither key nor network: --config=configs/quickstart.py")
     return 1 if ill else 0
 
@@ -187,9 +187,8 @@ def memory(run: RunConfig, values: FlagValues) -> list[Finding]:
         return [Finding("memory", "-", f"{_size(free)} free; what is needed depends on the model")]
     wanted = _MEMORY_BYTES + _STATE_BYTES * parameters
     told = f"{_size(free)} free; a run that writes a checkpoint takes {_size(wanted)} or more"
-    if free >= wanted:
-        return [Finding("memory", "ok", told)]
-    return [Finding("memory", "mend", f"{told}: use a larger host")]
+    verdict, remedy = ("ok", "") if free >= wanted else ("mend", ": use a larger host")
+    return [Finding("memory", verdict, told + remedy)]
 
 
 def _free_memory_bytes() -> int | None:
@@ -260,7 +259,7 @@ REMEDIES = {
     "connection": "nobody accepts the connection; see the firewall, and whether the service runs",
     "timeout": f"nothing came in {_NETWORK_S:g} s; see the firewall, and whether the service hangs",
     "tls": "its certificate is not accepted; see the clock, and proxies that read what passes",
-    "blocked": "this address or port is never dialled; one's own engine goes into config.web.endpoint_address",
+    "blocked": "this address or port is never dialled; an endpoint of one's own goes into `endpoint_address`",
 }
 
 
@@ -279,32 +278,41 @@ def provider(run: RunConfig, values: FlagValues) -> list[Finding]:
             SearchClient(session, assemble.search_provider(web), api_key=assemble.api_key(web), endpoint=web.endpoint)
 
     asyncio.run(open_client())
-    key = (
-        f"{web.key_variable} is set; it was not tried, as a search costs"
-        if assemble.api_key(web)
-        else "asks for no key"
-    )
-    return [Finding("provider", "ok", f"{web.provider}: {key}")]
+    key = f"{web.key_variable} is set; it was not tried, as a search costs"
+    return [Finding("provider", "ok", f"{web.provider}: {key if assemble.api_key(web) else 'asks for no key'}")]
 
 
 def egress(run: RunConfig, values: FlagValues) -> list[Finding]:
     """Whether the provider's server answers at all, and how far its clock is from ours."""
     from dr_jax import assemble
-    from dr_jax.records import Failure
 
     if not _asks_somebody(run):
         return [Finding("egress", "ok", f"{_alone(run)} needs no network"), Finding("clock", "-", "nobody was asked")]
-    web = run.web
-    endpoint = web.endpoint or assemble.search_provider(web).endpoint
+    endpoint = run.web.endpoint or assemble.search_provider(run.web).endpoint
     if not endpoint:
         return [Finding("egress", "-", "no endpoint to ask"), Finding("clock", "-", "nobody was asked")]
+    return reach("egress", endpoint, assemble.own_engine(run.web), run.web.contact)
+
+
+def reader(run: RunConfig, values: FlagValues) -> list[Finding]:
+    """Whether the endpoint that reads pages can be asked, and answers at all; its key is not sent."""
+    from dr_jax import reading
+
+    if run.web.reader != "endpoint" or run.web.cache_mode == "replay":
+        return []
+    return reach("reader", reading.endpoint(run).base_url, reading.own_endpoint(run), run.web.contact)[:1]
+
+
+def reach(name: str, endpoint: str, hosts: Hosts, contact: str) -> list[Finding]:
+    """The line called `name`, and that of the clock there."""
+    from dr_jax.records import Failure
+
     host = urllib.parse.urlsplit(endpoint).hostname  # what follows it may hold a token
-    answer = asyncio.run(ask(endpoint, assemble.own_engine(web), web.contact))
+    answer = asyncio.run(ask(endpoint, hosts, contact))
     if isinstance(answer, Failure):
         why = REMEDIES.get(answer.kind, f"no HTTP as it should be ({answer.detail})")
-        return [Finding("egress", "mend", f"{host}: {answer.kind}: {why}"), Finding("clock", "-", "nobody answered")]
-    status, date = answer
-    return [Finding("egress", "ok", f"{host} answers (HTTP {status})"), clock(date)]
+        return [Finding(name, "mend", f"{host}: {answer.kind}: {why}"), Finding("clock", "-", "nobody answered")]
+    return [Finding(name, "ok", f"{host} answers (HTTP {answer[0]})"), clock(answer[1])]
 
 
 async def ask(url: str, hosts: Hosts, contact: str) -> tuple[int, str] | Failure:
@@ -347,8 +355,7 @@ def page(run: RunConfig, values: FlagValues) -> list[Finding]:
     timeouts = Timeouts(dns_s=3.0, connect_s=3.0, response_s=_NETWORK_S, total_s=_NETWORK_S)
     limits = Limits(max_wait_s=_NETWORK_S, retries=0, timeouts=timeouts)
     manners = Manners(robots=web.robots, min_delay_s=0.0)
-    fetcher = Fetcher(policy, limits=limits, manners=manners, contact=web.contact)
-    return [asyncio.run(read(fetcher, values.page))]
+    return [asyncio.run(read(Fetcher(policy, limits=limits, manners=manners, contact=web.contact), values.page))]
 
 
 async def read(fetcher: Fetcher, url: str) -> Finding:

@@ -156,6 +156,28 @@ def test_a_key_that_is_not_there(serve):
     assert "export SERPER_API_KEY=..." in lines(done)["provider"][1]
 
 
+def reading(port: int) -> tuple[str, ...]:
+    """Settings of an endpoint that reads, at a port of this machine."""
+    return (
+        "--config.web.reader=endpoint",
+        f"--config.reading.endpoint=http://llm.test/v1?token={KEY}",
+        f"--config.reading.endpoint_address=127.0.0.1:{port}",
+        "--config.reading.model=small",
+        "--config.reading.key_variable=LLM_API_KEY",
+        "--limit_s=0",
+    )
+
+
+def test_an_endpoint_that_reads(serve):
+    server = serve()
+    done = call(*reading(server.server_port), environment={"LLM_API_KEY": KEY})
+    assert lines(done)["reader"] == ("ok", "llm.test answers (HTTP 403)")
+    (headers,) = server.seen
+    assert KEY not in done.stdout + done.stderr + headers
+    without = lines(call(*reading(server.server_port)))["reader"]
+    assert (without[0], "export LLM_API_KEY=..." in without[1]) == ("mend", True)
+
+
 def test_a_machine_that_is_too_small(tmp_path):
     huge = json.loads((CHECKPOINT / "config.json").read_text()) | {"num_hidden_layers": 10**9}
     (tmp_path / "config.json").write_text(json.dumps(huge))
