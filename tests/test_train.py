@@ -180,6 +180,15 @@ def test_what_a_run_can_cost_is_said_before_it_spends_anything(tmp_path, capsys,
     assert "4 steps cost at most 0.86 USD; 0.00 USD are spent" in capsys.readouterr().out
 
 
+def test_the_policy_reads_pages_and_its_reading_is_trained(tmp_path):
+    reading = ["--config.web.reader=policy", "--config.reading.train=True", "--config.grpo.equal_groups=keep"]
+    assert run(tmp_path, "--stop_after=1", *reading) == 0
+    row = metrics.read(tmp_path / "metrics.jsonl")[-1]
+    assert row["infra_failures"] == 0
+    assert row["reader/calls_mean"] > 0
+    assert row["sampler/logp_diff_max"] < 1e-3  # of the tokens of the reader's calls too
+
+
 def test_a_provider_that_nothing_describes_is_named_before_anything_is_written(tmp_path, capsys):
     assert run(tmp_path / "run", "--config.web.provider=json") == 2
     assert "missing 2 required keyword-only arguments: 'query' and 'results'" in capsys.readouterr().err

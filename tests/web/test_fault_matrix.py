@@ -51,7 +51,7 @@ ELSEWHERE = {
     55: "tests/rollout/test_scheduler.py::test_a_step_with_too_many_outside_failures_is_not_trained_on",
     56: "tests/web/test_search.py::test_a_provider_that_is_down_is_not_asked_until_a_probe_succeeds",
     57: "tests/web/test_search.py::test_bad_items_are_dropped",
-    58: "tests/agent/test_reader.py::test_never_reads_past_its_limit",
+    58: "tests/agent/test_model_reader.py::test_58_whatever_it_says_about_going_on_the_page_is_bounded",
     60: "tests/engine/test_service.py::test_a_crash_of_the_device_thread_answers_everyone",
     63: "tests/web/test_cache.py::test_a_full_disk_costs_the_cache_and_not_the_run",
     64: "tests/web/test_cache.py::test_an_entry_that_was_changed_is_a_miss",
