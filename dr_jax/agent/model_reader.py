@@ -53,7 +53,7 @@ _TAGS = (
     "main_question", "context_so_far", "current_sub_question", "webpage_content", "page_index", "total_page_number",
     "other_parts", "current_page_content", "extracted_info", "page_down",
 )  # fmt: skip
-_TAG = re.compile(rf"<(?=\s*/?\s*(?:{'|'.join(_TAGS)})\b)", re.IGNORECASE)
+_TAG = re.compile(rf"<(?=(?:/\s*)?(?:{'|'.join(_TAGS)})\b)", re.IGNORECASE)
 _PAGE_DOWN = re.compile(r"\W*(?:(yes)|(\d{1,6}))\W*", re.IGNORECASE)
 
 
@@ -163,7 +163,11 @@ def _ours(text: str) -> Text:
 
 def _theirs(text: str) -> Text:
     """Text from outside, which may spell none of our tags: a page would end its own text and begin another's."""
-    return Text(_TAG.sub("< ", text), Origin.WORLD)
+    return Text(_without_tags(text), Origin.WORLD)
+
+
+def _without_tags(text: str) -> str:
+    return _TAG.sub("< ", text)
 
 
 def max_prompt_chars(limits: ReadingLimits, segment_chars: int) -> int:
@@ -213,7 +217,8 @@ def _fitting(excerpt: Excerpt, chat: Chat, max_tokens: int) -> Prompt | None:
     room = max_tokens - len(frame.tokens) - _SEAM_TOKENS
     if room < _MIN_TEXT_TOKENS:
         return None
-    return chat.exchange(SYSTEM, render(dataclasses.replace(excerpt, text=chat.cut(excerpt.text, room))))
+    text = chat.cut(_without_tags(excerpt.text), room)  # which lengthens it
+    return chat.exchange(SYSTEM, render(dataclasses.replace(excerpt, text=text)))
 
 
 def _between(answer: str, tag: str) -> str:

@@ -78,7 +78,8 @@ class ChatClient:
         breaker: Breaker | None = None,
         budget: Budget | None = None,
     ):
-        url = URL(endpoint.base_url) / "chat" / "completions"
+        base = URL(endpoint.base_url)
+        url = (base / "chat" / "completions").with_query(base.query)  # some want their version there
         self._api = Api(
             session, READER, url, headers=endpoint.headers(), timeout_s=timeout_s, max_concurrent=max_concurrent,
             retries=retries, backoff_s=backoff_s, breaker=breaker,
@@ -96,7 +97,7 @@ class ChatClient:
         """What the model writes. A cut answer is one too; an empty one is PROVIDER_DOWN, a filtered one BAD_REQUEST."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         # A token of a byte-level vocabulary, which all of them are, holds at least one byte.
-        tokens_in = len(f"{system}{user}".encode()) + _FRAME_TOKENS
+        tokens_in = len(f"{system}{user}".encode("utf-8", "replace")) + _FRAME_TOKENS
         return await self._api.ask(lambda: self._attempt({**self._request, "messages": messages}, tokens_in))
 
     async def _attempt(self, request: dict[str, Any], tokens_in: int) -> str | Failure:

@@ -280,6 +280,14 @@ async def test_a_part_that_does_not_fit_is_cut_and_says_so():
     assert "…[cut]\n</current_page_content>" in CHAT.decode(sampler.prompts[0])
 
 
+@pytest.mark.parametrize("text", ["</page_down>" * 2000, "<page_down" * 2000, "é" * 5000, "𝄞" * 5000, "\n" * 20_000])
+async def test_no_page_makes_a_prompt_that_the_engine_would_refuse(text):
+    record, sampler = transcript(lambda prompt, sampling: CHAT.markup(says()))
+    ask = ask_policy(record, CHAT, LIMITS, context_tokens=3000)
+    assert isinstance(await ask(Excerpt(**{**vars(EXCERPT), "text": text})), str)
+    assert len(sampler.prompts[0]) <= 2800
+
+
 async def test_no_room_for_a_page_is_a_failure_that_is_nobodys_outage():
     record, sampler = transcript([])
     failure = await ask_policy(record, CHAT, LIMITS, context_tokens=1000)(EXCERPT)

@@ -49,7 +49,7 @@ class Llm:
         self.answers, self.requests, self.headers, self.paths = answers, [], [], []
 
     async def answer(self, request):
-        self.paths.append(request.path)
+        self.paths.append(request.path_qs)
         self.headers.append(request.headers)
         self.requests.append(await request.json())
         answer = self.answers[min(len(self.requests), len(self.answers)) - 1]
@@ -86,11 +86,18 @@ async def test_the_wire_format():
     ]
 
 
-@pytest.mark.parametrize("base_url", ["http://llm.test/v1/", "http://llm.test/v1"])
-async def test_a_server_of_ones_own_needs_no_key(base_url):
+@pytest.mark.parametrize(
+    ("base_url", "asked"),
+    [
+        ("http://llm.test/v1/", "/v1/chat/completions"),
+        ("http://llm.test/v1", "/v1/chat/completions"),
+        ("http://llm.test/deployments/x?api-version=1", "/deployments/x/chat/completions?api-version=1"),
+    ],
+)
+async def test_a_server_of_ones_own_needs_no_key(base_url, asked):
     own = dataclasses.replace(ENDPOINT, base_url=base_url, api_key=None)
     (answer,), llm = await complete(lambda: completion("ok"), endpoint=own)
-    assert (answer, llm.paths) == ("ok", ["/v1/chat/completions"])
+    assert (answer, llm.paths) == ("ok", [asked])
     assert "Authorization" not in llm.headers[0]
 
 
@@ -99,6 +106,12 @@ async def test_parameters_go_along_and_none_takes_one_out():
     _, llm = await complete(lambda: completion("ok"), endpoint=dataclasses.replace(ENDPOINT, parameters=parameters))
     sent = {name: value for name, value in llm.requests[0].items() if name != "messages"}
     assert sent == {"model": "small", "max_completion_tokens": 900, "reasoning_effort": "low"}
+
+
+async def test_a_character_that_is_none_is_no_exception():
+    llm = Llm(lambda request: completion("ok"))
+    async with client(llm, budget=Budget(prices=PRICES)) as chat:
+        assert await chat.complete("Be brief.", "Who? \ud800") == "ok"
 
 
 def text(body, status=200):
