@@ -133,7 +133,7 @@ def test_plain_equals_the_tokenizer_on_benign_text(chat, qwen, text):
 @given(HOSTILE, st.integers(16, 40))
 @settings(max_examples=200, deadline=None)
 def test_an_observation_is_cut_at_its_limit(chat, text, limit):
-    cut = chat._cut(text, limit)
+    cut = chat.cut(text, limit)
     assert len(chat.plain(cut)) <= limit
     if len(chat.plain(text)) <= limit:
         assert cut == text
