@@ -4,7 +4,7 @@ import numpy as np
 
 from dr_jax.agent.chat import Prompt
 from dr_jax.agent.transcript import Transcript, seed_of
-from dr_jax.records import Finish, Origin, Sampling
+from dr_jax.records import Finish, Origin, Role, Sampling
 from dr_jax.testing import ScriptedSampler
 
 
@@ -46,3 +46,29 @@ def test_seeds_are_the_same_in_every_process():
     assert seed_of(7, "q1", 0) == 952694101
     assert seed_of("1") != seed_of(1)
     assert all(0 <= seed_of(i) < 2**31 for i in range(100))
+
+
+async def test_what_is_asked_beside_the_conversation_is_recorded_in_order_of_its_name():
+    record = transcript(lambda prompt, sampling: [3])
+    await record.generate()
+    other = piece([9], Origin.WORLD)
+    for name in (("b", 0), ("a", 1), ("a", 0), ("a", 0)):  # the last is the same draw again
+        await record.aside(Role.READER, name, other, max_new_tokens=5)
+    await record.generate()
+    await record.aside(Role.JUDGE, ("a", 0), other, max_new_tokens=5)
+    seeds = [sampling.seed for sampling in record._sampler.samplings]
+    names = [
+        (0,),
+        (1, "reader", "b", 0),
+        (1, "reader", "a", 1),
+        *[(1, "reader", "a", 0)] * 2,
+        (1,),
+        (2, "judge", "a", 0),
+    ]
+    assert seeds == [seed_of(7, *name) for name in names]
+    calls = record.all_calls()
+    assert [(call.id, call.parent, call.role) for call in calls] == [
+        (0, None, Role.POLICY), (1, 0, Role.READER), (2, 0, Role.READER), (3, 0, Role.READER),
+        (4, 0, Role.POLICY), (5, 4, Role.JUDGE),
+    ]  # fmt: skip
+    assert record.prompt.tokens.tolist() == [1, 2, 3, 3]
