@@ -10,12 +10,11 @@ are under way finish.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pathlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -26,9 +25,10 @@ from dr_jax.agent.template import ChatTemplate
 from dr_jax.endpoint import server
 from dr_jax.endpoint.server import Served
 from dr_jax.engine.service import Engine
-from dr_jax.errors import ConfigError
+from dr_jax.errors import ConfigError, DrJaxError
 from dr_jax.model import hf, letters
 from dr_jax.model.config import ModelConfig
+from dr_jax.records import Finish, Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,11 +59,13 @@ def _serve(values: flags.FlagValues) -> None:
     asyncio.run(_until_stopped(values))
 
 
-@contextlib.asynccontextmanager
-async def served(
+def load(
     checkpoint: str, *, name: str = "", slots: int = 16, context: int = 8192, tensor: int = 1, dtype: str = ""
-) -> AsyncIterator[Served]:
-    """A model for the endpoint, on the first `tensor` devices; `context` is cut to what the model goes up to."""
+) -> tuple[Engine, Served]:
+    """A model for the endpoint, and its engine on the first `tensor` devices, to be closed by the caller.
+
+    `context` is cut to what the model goes up to.
+    """
     path = assemble.hf_directory(checkpoint, "--checkpoint")
     config = ModelConfig.from_hf(path)
     chat = Chat.load(path)
@@ -71,28 +73,38 @@ async def served(
     mesh = letters.make_mesh({"data": 1, "fsdp": 1, "tensor": tensor})
     letters.check_mesh(config, mesh.shape, letters.DEFAULT_RULES)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    params = hf.load(path, config, mesh=mesh, dtype=dtype)
     context = min(context, config.max_positions)
-    async with Engine(
-        config, params, mesh=mesh, rules=letters.DEFAULT_RULES, slots=slots, context=context, decode_text=chat.decode
-    ) as engine:
-        yield Served(name or pathlib.Path(checkpoint).name, engine, template, context)
+    engine = Engine(
+        config,
+        hf.load(path, config, mesh=mesh, dtype=dtype),
+        mesh=mesh,
+        rules=letters.DEFAULT_RULES,
+        slots=slots,
+        context=context,
+        decode_text=chat.decode,
+    )
+    return engine, Served(name or pathlib.Path(checkpoint).resolve().name, engine, template, context)
 
 
 async def _until_stopped(values: flags.FlagValues) -> None:
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    async with (
-        served(
-            values.checkpoint, name=values.name, slots=values.slots, context=values.context, tensor=values.tensor,
-            dtype=values.dtype,
-        ) as model,
-        server.serve(
-            model, host=values.host, port=values.port, api_key=os.environ.get(assemble.SERVER_KEY_VARIABLE, ""),
-            limits=server.Limits(sequences=values.max_sequences),
-        ) as url,
-    ):  # fmt: skip
+    engine, model = load(
+        values.checkpoint,
+        name=values.name,
+        slots=values.slots,
+        context=values.context,
+        tensor=values.tensor,
+        dtype=values.dtype,
+    )
+    key = os.environ.get(assemble.SERVER_KEY_VARIABLE, "")
+    limits = server.Limits(sequences=values.max_sequences)
+    async with engine, server.serve(model, host=values.host, port=values.port, api_key=key, limits=limits) as url:
+        # Until it has compiled its programs the engine answers nobody, and requests wait.
+        ready = await engine.generate([0], Sampling(max_new_tokens=1))
+        if ready.finish is Finish.ERROR:
+            raise DrJaxError(ready.detail)
         print(f"{model.name}: {url}", flush=True)
         await stop.wait()
         print("stopping: answers under way may finish", flush=True)

@@ -65,7 +65,7 @@ class TurnReader:
         if not self._cut:
             self._say(self._held, pieces)
         if self._space and not self.calls:
-            pieces.append(self._space)
+            return ["".join([*pieces, self._space])]
         return pieces
 
     def _in_call(self, id: int, pieces: list[Piece]) -> None:
@@ -94,14 +94,14 @@ class TurnReader:
         self._say(text[:keep], pieces)
 
     def _say(self, text: str, pieces: list[Piece]) -> None:
-        if not self._tools:
-            pieces += [text] if text else []
-            return
-        text = self._space + text
-        said = text.rstrip()
-        self._space = text[len(said) :]
-        if said:
-            pieces.append(said)
+        if self._tools:
+            text = self._space + text
+            said = text.rstrip()
+            self._space, text = text[len(said) :], said
+        if pieces and isinstance(pieces[-1], str):
+            pieces[-1] += text
+        elif text:
+            pieces.append(text)
 
 
 def _start_of_a_stop(text: str, stops: Sequence[str]) -> int:
