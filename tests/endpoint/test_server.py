@@ -302,8 +302,8 @@ async def test_an_address_that_is_taken_is_named(model):
                 pass
 
 
-async def test_an_engine_that_is_gone_is_the_servers_fault(tmp_path):
-    engine, model = serve.load("world", slots=1, context=64)
+async def test_an_engine_that_is_gone_is_the_servers_fault():
+    engine, model = serve.load("world", slots=4)
     async with server.serve(model) as url, aiohttp.ClientSession() as session:
         await asyncio.to_thread(engine.close)
         async with session.get(url.removesuffix("v1") + "health") as response:
