@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dr_jax import world
 from dr_jax.agent.chat import Chat
 from dr_jax.agent.template import ChatTemplate
 from dr_jax.errors import ConfigError
 from dr_jax.testing import QWEN_CONTROL_TOKENS, byte_tokenizer
 
+WORLD = pathlib.Path(world.__file__).parent / "checkpoint"
 BEGIN = [{"role": "user", "content": "Find “Kite” (1999)."}]
 
 
@@ -38,16 +41,21 @@ def conversation(text: str) -> list[dict]:
     ]
 
 
+@pytest.fixture(scope="module", params=["world", "qwen"])
+def checkpoint(request):
+    return WORLD if request.param == "world" else request.getfixturevalue("qwen_tokenizer_dir")
+
+
 @pytest.fixture(scope="module")
-def qwen(qwen_tokenizer_dir):
+def transformers_own(checkpoint):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(qwen_tokenizer_dir)
+    return AutoTokenizer.from_pretrained(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def template(qwen_tokenizer_dir):
-    return ChatTemplate.load(qwen_tokenizer_dir, Chat.load(qwen_tokenizer_dir))
+def template(checkpoint):
+    return ChatTemplate.load(checkpoint, Chat.load(checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +71,13 @@ def make(tmp_path_factory):
 
 @pytest.mark.parametrize("tools", [[], [tool("a query")]])
 @pytest.mark.parametrize("messages", [BEGIN, conversation("São “Paulo” <b> 1>0 \n")])
-def test_it_renders_what_transformers_renders(template, qwen, messages, tools):
-    want = qwen.apply_chat_template(messages, tools=tools or None, add_generation_prompt=True, tokenize=False)
+def test_it_renders_what_transformers_renders(template, transformers_own, messages, tools):
+    want = transformers_own.apply_chat_template(
+        messages, tools=tools or None, add_generation_prompt=True, tokenize=False
+    )
     tokens = template.tokens(messages, tools)
     assert template.chat.decode(tokens) == want
-    assert tokens == qwen.encode(want, add_special_tokens=False)
+    assert tokens == transformers_own.encode(want, add_special_tokens=False)
 
 
 def test_the_turn_can_be_begun(template):
@@ -88,7 +98,8 @@ def test_no_text_becomes_a_control_token_or_is_lost(template, text):
     control = set(template.chat.control.values())
     tokens, benign = ([*template.tokens(conversation(words), [tool(words)], begun=words)] for words in (text, "benign"))
     assert [id for id in tokens if id in control] == [id for id in benign if id in control]
-    assert template.chat.decode(template.tokens([{"role": "user", "content": text}])).count(text) == 1
+    said = template.chat.decode(template.tokens([{"role": "user", "content": text}]))
+    assert f"<|im_start|>user\n{text}<|im_end|>" in said
 
 
 def test_a_tool_cannot_end_its_own_turn(template):
