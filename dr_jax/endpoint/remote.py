@@ -85,12 +85,8 @@ def _completions_score(model: str, tokens: Sequence[int]) -> dict[str, Any]:
 
 def _completions_scored(body: Any) -> Sequence[Any]:
     (choice,) = body["choices"]
-    asked = choice["prompt_logprobs"]
-    # Under each token's id, and beside it, should the server give more: that of the likeliest.
-    ids = choice.get("prompt_token_ids") or body.get("prompt_token_ids")
-    if ids is None:
-        return [entry and next(iter(entry.values()))["logprob"] for entry in asked]
-    return [entry and entry[str(id)]["logprob"] for entry, id in zip(asked, ids, strict=True)]
+    # Each token's own comes first, should a server give more.
+    return [entry and next(iter(entry.values()))["logprob"] for entry in choice["prompt_logprobs"]]
 
 
 # SGLang: its OpenAI endpoint gives no ids, its own does. docs.sglang.io, "Sampling Parameters" and "SGLang Native
