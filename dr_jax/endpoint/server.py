@@ -180,10 +180,10 @@ def _guard(api_key: str, *, loopback_names: bool) -> Any:
     @web.middleware
     async def guard(request: web.Request, handler: Callable[..., Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         if api_key and request.path != "/health":
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
-            if not hmac.compare_digest(given, api_key.encode()):
+            given = request.headers.get("Authorization", "").encode("utf-8", "replace")
+            if not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
                 raise Refused(401, "Authorization: need 'Bearer' and this server's key", code="invalid_api_key")
-        name = request.url.host or ""
+        name = _host(request)
         if loopback_names and name != "localhost" and not _is_loopback(name):
             raise Refused(403, f"Host: got {name!r}; allowed: localhost and loopback addresses")
         return await handler(request)
@@ -210,6 +210,14 @@ async def _errors_as_json(
     if refused.retry_after_s:
         headers["Retry-After"] = str(refused.retry_after_s)
     return web.json_response(refused.body(), status=refused.status, headers=headers)
+
+
+def _host(request: web.Request) -> str:
+    """The name by which this server was called; '' where it is none."""
+    try:
+        return request.url.host or ""
+    except ValueError:
+        return ""
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,7 +1,8 @@
 """What a client may ask for, checked: OpenAI's requests in, frozen data out. What we cannot do is refused by name.
 
 Beyond OpenAI's own fields, those of vLLM that a client needs to get tokens in and out: `top_k`, `stop_token_ids`,
-`ignore_eos`, `return_token_ids`, `prompt_logprobs=0`, and for chats `continue_final_message`.
+`ignore_eos`, `return_token_ids`, `prompt_logprobs=0`, and for chats `continue_final_message`. Log-probabilities are
+those of `records.Sampled`: under the temperature that was asked for, before `top_k` and `top_p`.
 """
 
 from __future__ import annotations

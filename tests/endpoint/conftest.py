@@ -5,26 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import jax
 import pytest
 
 from dr_jax import serve
 from dr_jax.endpoint import server
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _share_compilations(tmp_path_factory):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("jax")), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="session")
-def loaded():
+def loaded(share_compilations):
     engine, model = serve.load("world", slots=4)
     yield engine, model
     engine.close()

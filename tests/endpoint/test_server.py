@@ -215,6 +215,8 @@ async def test_mistakes_have_openais_form(model, error, fields, words):
         ("GET", "v1/completions", {}, 405, "Not Allowed"),
         ("GET", "v1/embeddings", {}, 404, "Not Found"),
         ("GET", "v1/models", dict(headers={"Host": "lore.example"}), 403, "got 'lore.example'"),
+        ("GET", "v1/models", dict(headers={"Host": "["}), 403, "got ''"),
+        ("GET", "v1/models", dict(headers={"Host": "127.0.0.1.lore.example:80"}), 403, "allowed: localhost"),
     ],
 )
 async def test_what_a_client_can_get_wrong_below_json(model, method, path, sent, status, words):
