@@ -56,7 +56,9 @@ def _serve(values: flags.FlagValues) -> None:
         raise ConfigError(f"--dtype: got {values.dtype!r}; allowed: float32, bfloat16")
     if values.max_sequences < 1:
         raise ConfigError(f"--max_sequences: got {values.max_sequences}, must be at least 1")
-    asyncio.run(_until_stopped(values))
+    key = os.environ.get(assemble.SERVER_KEY_VARIABLE, "")
+    server.check_host(values.host, key)  # before minutes go into loading
+    asyncio.run(_until_stopped(values, key))
 
 
 def load(
@@ -86,7 +88,7 @@ def load(
     return engine, Served(name or pathlib.Path(checkpoint).resolve().name, engine, template, context)
 
 
-async def _until_stopped(values: flags.FlagValues) -> None:
+async def _until_stopped(values: flags.FlagValues, key: str) -> None:
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
@@ -98,7 +100,6 @@ async def _until_stopped(values: flags.FlagValues) -> None:
         tensor=values.tensor,
         dtype=values.dtype,
     )
-    key = os.environ.get(assemble.SERVER_KEY_VARIABLE, "")
     limits = server.Limits(sequences=values.max_sequences)
     async with engine, server.serve(model, host=values.host, port=values.port, api_key=key, limits=limits) as url:
         # Until it has compiled its programs the engine answers nobody, and requests wait.

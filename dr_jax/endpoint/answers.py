@@ -33,7 +33,7 @@ class Envelope:
 
     def __init__(self, asked: Asked, model: str):
         self._chat = isinstance(asked.prompts[0], Conversation)
-        self._stream, self._usage = asked.stream, asked.usage
+        self._usage = asked.usage
         kind = ("chat.completion" + ".chunk" * asked.stream) if self._chat else "text_completion"
         id = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._common = {"id": id, "object": kind, "created": int(time.time()), "model": model}

@@ -58,11 +58,9 @@ async def serve(
     Leaving stops listening, and gives answers under way `drain_s`. Raises `ConfigError` for an address that others can
     reach without an `api_key`, and for one that cannot be listened on.
     """
-    local = host == "localhost" or _is_loopback(host)
-    if not local and not api_key:
-        raise ConfigError(f"--host: {host} can be reached by others; that needs an API key (see --help), or 127.0.0.1")
+    check_host(host, api_key)
     limits = limits or Limits()
-    guard = _guard(api_key, loopback_names=local and not api_key)
+    guard = _guard(api_key, loopback_names=not api_key)
     app = web.Application(client_max_size=limits.body_bytes, middlewares=[_errors_as_json, guard])
     _Endpoint(served, limits).add_to(app)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=limits.drain_s)
@@ -76,6 +74,12 @@ async def serve(
         yield f"http://{f'[{name}]' if ':' in name else name}:{number}/v1"
     finally:
         await runner.cleanup()
+
+
+def check_host(host: str, api_key: str) -> None:
+    """Raises `ConfigError` for an address that others can reach, without a key."""
+    if not api_key and host != "localhost" and not _is_loopback(host):
+        raise ConfigError(f"--host: {host} can be reached by others; that needs an API key (see --help), or 127.0.0.1")
 
 
 class _Endpoint:

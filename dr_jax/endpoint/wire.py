@@ -180,7 +180,7 @@ class _Fields:
             max_new_tokens=max_new_tokens,
             temperature=self.number("temperature", 1.0, lambda t: t == 0 or 1e-3 <= t <= 2, "0, or 0.001 to 2"),
             top_p=self.number("top_p", 1.0, lambda p: 0 < p <= 1, "above 0, at most 1"),
-            top_k=max(self.whole("top_k", 0, -1), 0),  # vLLM's -1 is all, as 0 is
+            top_k=max(self.whole("top_k", 0, -1, 2**31 - 1), 0),  # vLLM's -1 is all, as 0 is
             stop_ids=tuple(stop_ids),
             stop_strings=tuple(stops),
             seed=self.whole("seed", secrets.randbits(31), -(2**63), 2**63 - 1),
