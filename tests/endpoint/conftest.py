@@ -9,11 +9,13 @@ import pytest
 
 from dr_jax import serve
 from dr_jax.endpoint import server
+from dr_jax.records import Sampling
 
 
 @pytest.fixture(scope="session")
 def loaded(share_compilations):
     engine, model = serve.load("world", slots=4)
+    asyncio.run(engine.generate([0], Sampling(max_new_tokens=1)))  # its programs are compiled
     yield engine, model
     engine.close()
 
@@ -36,7 +38,7 @@ async def url(model):
 
 async def until(condition: Callable[[], bool]) -> None:
     """Returns once `condition` holds, which another thread brings about."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

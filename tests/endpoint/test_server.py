@@ -9,6 +9,7 @@ import socket
 import aiohttp
 import numpy as np
 import pytest
+from yarl import URL
 
 from dr_jax import serve
 from dr_jax.agent.presets import PRESETS
@@ -228,7 +229,7 @@ async def test_what_a_client_can_get_wrong_below_json(model, method, path, sent,
 
 async def test_a_body_that_does_not_come_is_not_waited_for(model):
     async with server.serve(model, limits=Limits(read_s=0.05)) as url:
-        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.split(":")[2].split("/")[0]))
+        reader, writer = await asyncio.open_connection("127.0.0.1", URL(url).port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         writer.write(b"Content-Length: 99\r\n\r\n{")
         assert b" 408 " in await reader.readline()
@@ -254,6 +255,27 @@ async def test_a_client_that_leaves_before_its_answer_frees_its_slots(client, en
     await asyncio.gather(task, return_exceptions=True)
     await drained()
     assert engine.stats()["tokens_drawn"] - before < 6 * 2000
+
+
+async def test_a_client_that_does_not_read_is_let_go(model, engine, eventually):
+    body = {"prompt": [5, 6, 7], "max_tokens": 2000, "temperature": 2, "ignore_eos": True, "stream": True}
+    sent = json.dumps(body | {"n": 4, "logprobs": 0, "return_token_ids": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(sent)}\r\n"
+    async with server.serve(model, limits=Limits(write_s=0.1)) as url, aiohttp.ClientSession() as session:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # or the kernel would take it all
+            client.connect(("127.0.0.1", URL(url).port))
+            client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + sent)
+            await eventually(lambda: engine.stats()["serving"])
+            async with asyncio.timeout(30):
+                under_way = 4
+                while under_way:
+                    async with session.get(URL(url).with_path("/health")) as response:
+                        under_way = (await response.json())["sequences"]
+            received = b"".join(await asyncio.to_thread(lambda: [*iter(lambda: client.recv(65536), b"")]))
+    assert b"data: " in received
+    assert b"[DONE]" not in received
 
 
 async def test_a_full_server_says_when_to_come_again(model, drained):
