@@ -31,11 +31,13 @@ class Usage:
 class Envelope:
     """What all chunks of one answer have in common."""
 
-    def __init__(self, asked: Asked, model: str):
-        self._chat = isinstance(asked.prompts[0], Conversation)
+    def __init__(self, asked: Asked, model: str, prompt: Sequence[int]):
+        chat = isinstance(asked.prompts[0], Conversation)
         self._usage = asked.usage
-        kind = ("chat.completion" + ".chunk" * asked.stream) if self._chat else "text_completion"
-        id = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
+        # vLLM says once what a chat was rendered to; of completions each choice says it, for there can be many prompts.
+        self._about_prompt = {"prompt_token_ids": list(prompt)} if chat and asked.token_ids else {}
+        kind = ("chat.completion" + ".chunk" * asked.stream) if chat else "text_completion"
+        id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._common = {"id": id, "object": kind, "created": int(time.time()), "model": model}
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: Usage, version: int) -> dict[str, Any]:
@@ -45,11 +47,13 @@ class Envelope:
             "system_fingerprint": fingerprint(version),
             "choices": list(choices),
             "usage": usage.json(),
+            **self._about_prompt,
         }
 
     def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         """A piece of a stream."""
-        return {**self._common, "choices": [choice]} | ({"usage": None} if self._usage else {})
+        about_prompt, self._about_prompt = self._about_prompt, {}  # in the first alone
+        return {**self._common, "choices": [choice], **about_prompt} | ({"usage": None} if self._usage else {})
 
     def last(self, usage: Usage) -> dict[str, Any]:
         """The chunk that has no choices."""
@@ -70,6 +74,7 @@ class Choice:
             stop_ids=stop_ids,
         )
         self._seen = self._offset = self._calls = 0  # tokens, characters, calls that went out
+        self._said_prompt = False
 
     def whole(self, sampled: Sampled, prompt_logps: np.ndarray | None = None) -> dict[str, Any]:
         """The choice of an answer that is not streamed."""
@@ -83,8 +88,6 @@ class Choice:
         else:
             choice["text"] = text
         choice |= self._about_tokens(sampled.tokens.tolist(), sampled.logps.tolist())
-        if self._asked.token_ids:
-            choice["prompt_token_ids"] = list(self._prompt)
         if prompt_logps is not None:
             choice["prompt_logprobs"] = self._prompt_logprobs(prompt_logps)
         return choice | {"finish_reason": self._reason(sampled)}
@@ -136,6 +139,9 @@ class Choice:
             about["logprobs"] = self._columns(tokens, logps)
         if self._asked.token_ids:
             about["token_ids"] = list(tokens)
+            if not (self._in_chat or self._said_prompt):
+                about["prompt_token_ids"] = list(self._prompt)
+            self._said_prompt = True
         return about
 
     def _token(self, id: int, logp: float) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Draws:
         ends = () if asked.ignore_eos else chat.eos_ids
         ends += (chat.control["</tool_call>"],) if asked.single_call else ()
         self._sampling = dataclasses.replace(own, stop_ids=tuple(dict.fromkeys(ends + own.stop_ids)))
-        self.envelope = Envelope(asked, model)
+        self.envelope = Envelope(asked, model, prompts[0])
         self.choices = [
             Choice(index, asked, chat, self._sampling.stop_ids, prompts[index // asked.choices])
             for index in range(asked.sequences)

@@ -134,6 +134,20 @@ async def test_tokens_in_tokens_out(client, engine):
     assert choice.finish_reason == "length"
 
 
+async def test_token_ids_stream_as_vllm_has_them(client, model):
+    """The prompt's once: in a chat's first chunk, in the first of each choice of a completion."""
+    how = dict(model="world", max_tokens=20, temperature=0, extra_body={"return_token_ids": True})
+    whole = await client.chat.completions.create(messages=MESSAGES, **how)
+    chunks = [c async for c in await client.chat.completions.create(messages=MESSAGES, stream=True, **how)]
+    assert whole.prompt_token_ids == chunks[0].prompt_token_ids == model.template.tokens(MESSAGES)
+    assert not any("prompt_token_ids" in chunk.to_dict() for chunk in chunks[1:])
+    assert sum((chunk.choices[0].to_dict().get("token_ids", []) for chunk in chunks), []) == whole.choices[0].token_ids
+    chunks = [c async for c in await client.completions.create(prompt=[[5, 6], [7]], stream=True, **how)]
+    for index, prompt in enumerate(([5, 6], [7])):
+        told = [c.choices[0].to_dict() for c in chunks if c.choices[0].index == index]
+        assert [choice["prompt_token_ids"] for choice in told if "prompt_token_ids" in choice] == [prompt]
+
+
 async def test_several_prompts_and_choices_have_their_own_seeds(client):
     how = dict(model="world", max_tokens=8, seed=3)
     answer = await client.completions.create(prompt=["The film", "The city"], n=2, **how)
