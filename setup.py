@@ -25,7 +25,7 @@ setup(
         "ml-collections>=1.0",
         "numpy>=2.0",
         "safetensors>=0.5",
-        "jinja2>=3.1",  # chat templates; transformers does not pull it in
+        "jinja2>=3.1",  # chat templates, of checkpoints that are served; transformers does not pull it in
         "w3lib>=2.2",  # decodes pages as browsers do
         "charset-normalizer>=3.3",
         "pyarrow>=16",  # parquet question files
@@ -48,6 +48,7 @@ setup(
             "psutil>=6",
             "pypdfium2>=5",
             "redis>=6",
+            "openai>=1.60",  # the client that tests/endpoint asks with
         ],
     },
 )

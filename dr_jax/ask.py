@@ -3,7 +3,8 @@
     python -m dr_jax.ask --config=configs/quickstart.py --checkpoint=runs/quickstart/export \\
         --question="What is the film Silent Harbor's director's birthplace?"
 
-`--checkpoint` is a Hugging Face directory; without it the model that the config starts from answers.
+`--checkpoint` is a Hugging Face directory; without it the model that the config starts from answers. With `--server`
+its weights are not loaded: the endpoint draws (`endpoint/remote.py`), and the checkpoint is there for its tokenizer.
 """
 
 from __future__ import annotations
@@ -38,21 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("question", None, "What to find out.", flag_values=values, required=True)
     flags.DEFINE_string("checkpoint", None, "Hugging Face directory that answers.", flag_values=values)
+    flags.DEFINE_string("server", None, entry.SERVER_HELP, flag_values=values)
     return entry.run(_ask, values, about=__doc__, argv=argv)
 
 
 def _ask(run: RunConfig, values: flags.FlagValues) -> None:
-    if values.checkpoint:
-        run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=values.checkpoint))
-    assemble.check(run)
+    run = assemble.with_checkpoint(run, values.checkpoint)
     # One sequence: no need for the slots of a training run.
     run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, slots=1, prefill_rows=1))
-    device = assemble.device(run)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
 
     async def work(workdir: pathlib.Path) -> Episode:
-        async with assemble.host(run, workdir) as host, assemble.engine(run, device, host) as engine:
-            context = host.context(run, engine, seed=run.seed, today=today, temperature=0.0)
+        async with assemble.answering(run, workdir, values.server) as (host, sampler):
+            context = host.context(run, sampler, seed=run.seed, today=today, temperature=0.0)
             return await episode.run(Question("ask", values.question, ()), 0, context)
 
     with tempfile.TemporaryDirectory() as workdir:

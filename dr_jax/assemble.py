@@ -22,6 +22,7 @@ from dr_jax import reading
 from dr_jax.agent.chat import Chat
 from dr_jax.agent.episode import EpisodeContext
 from dr_jax.agent.presets import PRESETS, Preset
+from dr_jax.endpoint import remote
 from dr_jax.engine.service import Engine
 from dr_jax.errors import ConfigError
 from dr_jax.interfaces import Browser, Reader, Sampler, Searcher
@@ -50,6 +51,7 @@ WORLD = "world"  # in a config: the embedded web, its questions, and the tiny ch
 WORLD_PROVIDER = "serper"  # whose JSON the embedded search engine speaks
 WORLD_SEED = 0  # the checkpoint was pretrained in this world
 WORLD_HOPS = {1: 0.4, 2: 0.4, 3: 0.14, 4: 0.06}  # share of questions by number of hops: a chain takes up to 9 turns
+SERVER_KEY_VARIABLE = "DR_JAX_API_KEY"  # holds the key of an endpoint, for whoever serves and whoever asks
 CHECKPOINT = pathlib.Path(__file__).parent / "world" / "checkpoint"
 
 
@@ -273,6 +275,29 @@ def engine(run: RunConfig, device: Device, host: Host) -> Engine:
     )
 
 
+def with_checkpoint(run: RunConfig, checkpoint: str | None) -> RunConfig:
+    """The run, checked, with `checkpoint` in place of the model that it starts from where one is given."""
+    if checkpoint:
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=checkpoint))
+    check(run)
+    return run
+
+
+@contextlib.asynccontextmanager
+async def answering(
+    run: RunConfig, workdir: pathlib.Path, server: str | None = None
+) -> AsyncIterator[tuple[Host, Sampler]]:
+    """The host and a sampler that answers questions: the engine, or the model that the endpoint `server` has."""
+    on_device = None if server else device(run)
+    async with contextlib.AsyncExitStack() as stack:
+        world = await stack.enter_async_context(host(run, workdir))
+        if on_device:
+            yield world, await stack.enter_async_context(engine(run, on_device, world))
+        else:
+            key = os.environ.get(SERVER_KEY_VARIABLE, "")
+            yield world, await stack.enter_async_context(remote.open_sampler(server, api_key=key))
+
+
 def questions(run: RunConfig) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     """(train, held-out) questions; the held-out ones cut to `eval.questions`."""
     train = _questions(run.questions.train, run.questions.world_count)
@@ -300,10 +325,15 @@ def preset(run: RunConfig) -> Preset:
 
 def model_path(run: RunConfig) -> pathlib.Path:
     """The Hugging Face directory that the run starts from."""
-    path = CHECKPOINT if run.model.path == WORLD else pathlib.Path(run.model.path)
+    return hf_directory(run.model.path, "config.model.path")
+
+
+def hf_directory(name: str, setting: str) -> pathlib.Path:
+    """The Hugging Face directory `name`; ConfigError in the name of the `setting` where there is none."""
+    path = CHECKPOINT if name == WORLD else pathlib.Path(name)
     if not (path / "config.json").is_file():
         raise ConfigError(
-            f"config.model.path: no Hugging Face checkpoint at {path} (no config.json). Download one, for example "
+            f"{setting}: no Hugging Face checkpoint at {path} (no config.json). Download one, for example "
             "Qwen/Qwen2.5-7B-Instruct, or use 'world' for the tiny model that comes with dr_jax."
         )
     return path

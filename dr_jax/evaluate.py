@@ -3,6 +3,7 @@
     python -m dr_jax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart [--checkpoint=DIR]
 
 `--checkpoint` is a Hugging Face directory (an export); without it the model that the config starts from is evaluated.
+With `--server` the endpoint draws instead (`endpoint/remote.py`), and the checkpoint is there for its tokenizer.
 Prints a table, then one JSON object, and writes every episode to `<workdir>/evaluation.jsonl.gz`.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import dataclasses
 import datetime
 import json
 import pathlib
@@ -88,26 +88,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Where the cache and the episodes go.", flag_values=values, required=True)
     flags.DEFINE_string("checkpoint", None, "Hugging Face directory to evaluate.", flag_values=values)
+    flags.DEFINE_string("server", None, entry.SERVER_HELP, flag_values=values)
     return entry.run(_evaluate, values, about=__doc__, argv=argv)
 
 
 def _evaluate(run: RunConfig, values: flags.FlagValues) -> None:
-    if values.checkpoint:
-        run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=values.checkpoint))
-    assemble.check(run)
+    run = assemble.with_checkpoint(run, values.checkpoint)
     workdir = pathlib.Path(values.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     _, questions = assemble.questions(run)
-    device = assemble.device(run)
 
     async def work() -> tuple[Episode, ...]:
-        async with assemble.host(run, workdir) as host:
-            async with assemble.engine(run, device, host) as engine:
-                with report.episodes_bar(len(questions), "evaluation") as bar:
-                    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-                    return await heldout(
-                        run, host, engine, questions, today=today, on_episode=lambda episode: bar.update(1)
-                    )
+        async with assemble.answering(run, workdir, values.server) as (host, sampler):
+            with report.episodes_bar(len(questions), "evaluation") as bar:
+                today = datetime.datetime.now(datetime.UTC).date().isoformat()
+                return await heldout(
+                    run, host, sampler, questions, today=today, on_episode=lambda episode: bar.update(1)
+                )
 
     episodes = asyncio.run(work())
     journal.write_file(workdir / "evaluation.jsonl.gz", episodes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,25 @@ class Sampler(Protocol):
 
     async def score(self, prompt: Sequence[int] | np.ndarray, continuation: Sequence[int] | np.ndarray) -> np.ndarray:
         """Log-probability (float32, nats) of each continuation token given all before it, at temperature 1."""
+        ...
+
+
+class StreamingSampler(Sampler, Protocol):
+    """A `Sampler` that can be watched while it draws."""
+
+    @property
+    def closed(self) -> str:
+        """Why it serves nobody any more; '' while it does."""
+        ...
+
+    async def generate(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        on_tokens: Callable[[Sequence[int], Sequence[float]], None] | None = None,
+    ) -> Sampled:
+        """`on_tokens` hears of tokens and their log-probabilities as they are drawn; the last come with the result."""
         ...
 
 

@@ -32,6 +32,18 @@ def _loopback_only(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def share_compilations(tmp_path_factory):
+    """Engines of equal sizes compile once; also across the tests that must break theirs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("jax")), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
 def qwen_tokenizer_dir() -> pathlib.Path:
     """The real Qwen2.5 tokenizer, where it lies beside the checkout."""
     path = SHARED / "qwen2.5-tokenizer"

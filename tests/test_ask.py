@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import pathlib
+import re
 
-from dr_jax import ask
+from dr_jax import ask, serve
+from dr_jax.endpoint import server
 from dr_jax.records import Episode, Question, StopReason, ToolUse
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
@@ -27,6 +30,25 @@ def test_one_question_on_the_embedded_web(capsys):
     question = "What is the film Rusted Tunnel's director's birthplace?"
     assert ask.main(["ask", f"--config={QUICKSTART}", f"--question={question}"]) == 0
     assert "<think>" in capsys.readouterr().out
+
+
+async def test_an_endpoint_answers_as_the_engine_does(capsys, monkeypatch):
+    monkeypatch.setenv("DR_JAX_API_KEY", "sesame")
+    argv = ["ask", f"--config={QUICKSTART}", "--question=What is the film Rusted Tunnel's director's birthplace?"]
+    engine, model = serve.load("world", slots=2)
+    async with engine, server.serve(model, api_key="sesame") as url:
+        assert await asyncio.to_thread(ask.main, [*argv, f"--server={url}"]) == 0
+    there = capsys.readouterr().out
+    assert await asyncio.to_thread(ask.main, argv) == 0
+    here = capsys.readouterr().out
+    untimed = [re.sub(r"[\d.]+ s\]", "s]", text) for text in (there, here)]
+    assert untimed[0] == untimed[1]
+    assert "[web_search" in there
+
+
+def test_an_endpoint_that_is_not_there_is_one_line(capsys):
+    assert ask.main(["ask", f"--config={QUICKSTART}", "--question=Who?", "--server=models.example"]) == 2
+    assert "error: server: got 'models.example'; need an address" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_one_line(capsys):

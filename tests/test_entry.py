@@ -18,7 +18,7 @@ def call(command, *more: str) -> int:
 
 
 def raising(error: Exception):
-    def command(run, values):
+    def command(*_):
         raise error
 
     return command
@@ -46,6 +46,19 @@ def test_fields_can_be_set_on_the_command_line():
     seen = []
     assert call(lambda run, values: seen.append(run), "--config.optim.lr=0.5", "--config.mesh.tensor=2") == 0
     assert (seen[0].optim.lr, seen[0].mesh["tensor"]) == (0.5, 2)
+
+
+def test_a_command_that_flags_alone_describe():
+    seen = []
+    values = flags.FlagValues()
+    flags.DEFINE_integer("port", 1, "", flag_values=values)
+    assert (
+        entry.run_without_config(lambda values: seen.append(values.port), values, about="", argv=["x", "--port=7"]) == 0
+    )
+    assert (
+        entry.run_without_config(raising(ConfigError("no")), flags.FlagValues(), about="", argv=["x", "--port=7"]) == 2
+    )
+    assert seen == [7]
 
 
 def test_help_lists_the_flags(capsys):

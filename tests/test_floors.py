@@ -23,8 +23,9 @@ ROOMS = {
     "world": set(),
     "agent": {"web", "task"},
     "rollout": {"agent", "task"},
+    "endpoint": {"agent", "web"},
 }
-HOST = {"web", "task", "world", "agent", "rollout", *FLOOR_0}
+HOST = {"web", "task", "world", "agent", "rollout", "endpoint", *FLOOR_0}
 DEVICE_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 HOST_PACKAGES = {"aiohttp", "protego", "pypdfium2", "selectolax", "w3lib", "yarl"}
 
@@ -90,7 +91,7 @@ def test_single_importers():
         if "redis" in packages(path):
             assert where == "web/store.py"
         if {"absl", "ml_collections"} & packages(path):
-            assert where in ("entry.py", "train.py", "evaluate.py", "ask.py")
+            assert where in ("entry.py", "train.py", "evaluate.py", "ask.py", "serve.py")
 
 
 def test_the_host_column_runs_where_jax_is_not_installed():

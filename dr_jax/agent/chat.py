@@ -26,6 +26,10 @@ _NEEDED = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool
 # Longer text is cut by characters before it is encoded, for encoding holds the GIL. Prose has about four a token.
 _MAX_CHARS_PER_TOKEN = 6
 _CUT = " …[cut]"
+# How byte-level BPE spells a byte as a character (GPT-2): itself where it is printable, else from U+0100 on.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 
 
 class Prompt(NamedTuple):
@@ -87,13 +91,26 @@ class Chat:
         """Ids of `text`, never one of an added token, whatever the text holds."""
         return self._plain.encode(_encodable(text), add_special_tokens=False).ids
 
-    def markup(self, text: str) -> list[int]:
-        """Ids of text that is our own, control tokens by name. Never for text from outside."""
-        return self._encode(*self._markup(text)).tokens.tolist()
+    def markup(self, text: str, guard: str = "") -> list[int]:
+        """Ids of text that is our own, control tokens by name. Never for text from outside, unless the character
+        `guard` breaks every control token in it: it is dropped after control tokens have been found."""
+        pieces = self._markup(text)
+        if guard:
+            pieces = [Text(p.text.replace(guard, ""), p.origin) if isinstance(p, Text) else p for p in pieces]
+        return self._encode(*pieces).tokens.tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, control tokens by name."""
         return self._full.decode([int(id) for id in ids], skip_special_tokens=False)
+
+    def token_bytes(self, id: int) -> bytes:
+        """UTF-8 that `id` adds to the text, maybe a part of a character; b'' for an id that is no token.
+
+        The bytes of all tokens, decoded with errors='replace', are what `decode` gives.
+        """
+        token = self._full.id_to_token(int(id)) or ""
+        known = all(character in _BYTES for character in token)
+        return bytes(_BYTES[character] for character in token) if known else token.encode()
 
     def opening(self, preset: Preset, question: str, *, today: str) -> Prompt:
         """System turn with the tools, the question as the user's turn, and the header of the policy's first turn."""

@@ -14,6 +14,7 @@ from dr_jax.engine.decode import MAX_STOP_IDS
 from dr_jax.records import Finish, Sampled, Sampling
 
 Tokens = Sequence[int] | np.ndarray
+OnTokens = Callable[[Sequence[int], Sequence[float]], None]  # new tokens and their log-probabilities
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,6 +29,8 @@ class Request:
     future: asyncio.Future[Sampled]
     drawn: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
+    on_tokens: OnTokens | None = None
+    told: int = 0  # of the drawn tokens, those that `on_tokens` has heard of
 
     @property
     def goal(self) -> int:
@@ -42,6 +45,14 @@ class Request:
     def cancelled(self) -> bool:
         """Nobody waits any more. Reading a future's state is safe from any thread."""
         return self.future.cancelled()
+
+    def tell(self) -> None:
+        """Hands `on_tokens` what was drawn since the last time, on the caller's event loop. From any thread."""
+        if self.on_tokens and len(self.drawn) > self.told:
+            news = self.drawn[self.told :], self.logps[self.told :]
+            self.told = len(self.drawn)
+            with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody listens
+                self.loop.call_soon_threadsafe(self.on_tokens, *news)
 
     def resolve(self, finish: Finish, version: int, detail: str = "") -> None:
         """Hands over what was drawn (for a score: the log-probabilities). From any thread."""

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dr_jax.engine.request import Request, Tokens, as_tokens, complaint
+from dr_jax.engine.request import OnTokens, Request, Tokens, as_tokens, complaint
 from dr_jax.engine.rounds import DecodeText, Rounds
 from dr_jax.errors import ConfigError, DrJaxError
 from dr_jax.model.config import ModelConfig
@@ -80,9 +80,10 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, prompt: Tokens, sampling: Sampling) -> Sampled:
+    async def generate(self, prompt: Tokens, sampling: Sampling, *, on_tokens: OnTokens | None = None) -> Sampled:
         """A continuation of `prompt`. Never raises for a bad request or a broken engine: `Finish.ERROR` with a detail.
 
+        `on_tokens` hears of tokens as they are drawn, on this event loop; the last of them come with the result only.
         Ends with `Finish.LENGTH` where prompt and output fill the context. `version` is that of the weights that drew
         the last token: a request in flight goes on under new weights. Seeds count modulo 2**32.
         """
@@ -91,7 +92,9 @@ class Engine:
         if len(tokens) >= self._context:
             wrong = wrong or f"prompt: {len(tokens)} tokens leave no room in the context of {self._context}"
         budget = min(sampling.max_new_tokens, self._context - len(tokens))
-        return await self._submit(tokens, sampling, score_from=len(tokens) - 1, budget=budget, wrong=wrong)
+        return await self._submit(
+            tokens, sampling, score_from=len(tokens) - 1, budget=budget, wrong=wrong, on_tokens=on_tokens
+        )
 
     async def score(self, prompt: Tokens, continuation: Tokens) -> np.ndarray:
         """Log-probability (f32, nats) of each continuation token given all before it, at temperature 1.
@@ -110,10 +113,17 @@ class Engine:
         return scored.logps
 
     async def _submit(
-        self, tokens: np.ndarray, sampling: Sampling | None, *, score_from: int, budget: int, wrong: str
+        self,
+        tokens: np.ndarray,
+        sampling: Sampling | None,
+        *,
+        score_from: int,
+        budget: int,
+        wrong: str,
+        on_tokens: OnTokens | None = None,
     ) -> Sampled:
         loop = asyncio.get_running_loop()
-        request = Request(tokens, sampling, score_from, budget, loop, loop.create_future())
+        request = Request(tokens, sampling, score_from, budget, loop, loop.create_future(), on_tokens=on_tokens)
         with self._admission:
             wrong = wrong or self._closed
             if not wrong and self._inbox.qsize() + len(self._waiting) >= self._max_waiting:
@@ -147,6 +157,11 @@ class Engine:
             "waiting": len(self._waiting),
             "version": self._rounds.version,
         }
+
+    @property
+    def closed(self) -> str:
+        """Why it serves nobody any more; '' while it does."""
+        return self._closed
 
     def close(self) -> None:
         """Ends the device thread. Whoever still waits gets `Finish.ERROR`."""
@@ -183,6 +198,8 @@ class Engine:
                 if not request.cancelled:
                     self._rounds.admit(request)
             self._rounds.run()
+            for request in self._rounds.serving.values():
+                request.tell()
             self._busy_s += time.monotonic() - started_s
 
     def _take_in(self) -> bool:

@@ -160,6 +160,17 @@ def test_decode_names_control_tokens_and_survives_anything(chat):
     assert chat.decode([chat.control["<tool_call>"], 33, 151_900, np.int32(34)]) == "<tool_call>BC"
 
 
+@given(st.lists(st.integers(0, 290), max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_the_bytes_of_tokens_are_the_text(byte_chat, ids):
+    assert b"".join(map(byte_chat.token_bytes, ids)).decode(errors="replace") == byte_chat.decode(ids)
+
+
+def test_a_guard_keeps_markup_from_being_found(byte_chat):
+    tokens = byte_chat.markup("<|im_start|><\ufdd0|im_start|>\ufdd0a", "\ufdd0")
+    assert tokens == [byte_chat.control["<|im_start|>"], *byte_chat.plain("<|im_start|>a")]
+
+
 def test_a_tokenizer_of_one_file_loads_as_it_was(tmp_path, byte_chat):
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     again = Chat.load(tmp_path)

@@ -55,20 +55,8 @@ def mesh():
     return make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _share_compilations(tmp_path_factory):
-    """Engines of equal sizes compile once; also across the tests that must break theirs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("jax")), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="session")
-def make_engine(config, params, mesh):
+def make_engine(config, params, mesh, share_compilations):
     """Makes an engine of the room's sizes; the caller closes it."""
 
     def make(**changes) -> Engine:

@@ -69,6 +69,23 @@ async def test_a_stop_string_ends_with_the_token_that_completes_it(engine):
     assert len(stopped.logps) == len(stopped.tokens)
 
 
+async def test_tokens_are_told_as_they_are_drawn(engine):
+    told: list[tuple[list[int], list[float]]] = []
+    sampled = await engine.generate(prompt(9), Sampling(22, seed=1), on_tokens=lambda *news: told.append(news))
+    tokens = [token for tokens, _ in told for token in tokens]
+    assert 2 <= len(told) <= 22
+    assert tokens == sampled.tokens[: len(tokens)].tolist()
+    assert 0 < len(sampled.tokens) - len(tokens) <= 4  # the last round's come with the result
+    np.testing.assert_allclose([logp for _, logps in told for logp in logps], sampled.logps[: len(tokens)], atol=1e-5)
+
+
+async def test_closed_says_why(make_engine):
+    engine = make_engine()
+    assert engine.closed == ""
+    await asyncio.to_thread(engine.close)
+    assert engine.closed == "engine: closed"
+
+
 async def test_the_context_is_a_limit(engine):
     sampled = await engine.generate(prompt(310), Sampling(1000))
     assert (sampled.finish, len(sampled.tokens)) == (Finish.LENGTH, 10)

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API, both ways: a sampler of ours behind it, and a sampler over whoever speaks it."""
