@@ -15,6 +15,7 @@ from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher, _decode, _enc
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.http import open_session
 from dr_jax.web.search import open_search
+from dr_jax.web.visit import Visitor
 
 HITS = (Hit("Tïtle", "https://a.test/", "snippet"),)
 MISSING = Failure(FailureKind.STATUS, "HTTP 404", 404)
@@ -259,7 +260,7 @@ def test_config_errors(tmp_path):
 async def test_a_segment_holds_something(tmp_path):
     async with Cache(tmp_path / "c") as cache:
         with pytest.raises(ConfigError, match="max_segment_chars: 0 is less than 1"):
-            CachedBrowser(Fetcher(), cache, max_segment_chars=0)
+            CachedBrowser(Visitor(Fetcher()), cache, max_segment_chars=0)
 
 
 def http(body: bytes, type: str) -> bytes:
@@ -281,7 +282,7 @@ async def test_a_recorded_session_is_replayed_without_a_network(serve, tmp_path)
             search = CachedSearcher(
                 open_search("serper", api, api_key="k", endpoint="http://search.test/search"), cache
             )
-            browser = CachedBrowser(fetcher, cache)
+            browser = CachedBrowser(Visitor(fetcher), cache)
             hits = await search.search("ada", top_k=5)
             pages = [await browser.browse(url) for url in (hits[0].url, hits[0].url + "#x", "http://localhost/", "]")]
             return hits, pages, await search.search(" ada\n", top_k=5), cache.stats()
@@ -312,7 +313,7 @@ async def test_a_browser_extracts_with_what_it_is_given(serve, tmp_path):
         return Failure(FailureKind.PARSE_LIMIT, f"{response.body.decode()} {max_segment_chars}")
 
     async with Cache(tmp_path / "c") as cache, Fetcher(hosts=hosts) as fetcher:
-        browser = CachedBrowser(fetcher, cache, extract=refuse, max_segment_chars=7)
+        browser = CachedBrowser(Visitor(fetcher, extract=refuse), cache, max_segment_chars=7)
         assert (await browser.browse("http://site.test/")).detail == "<h1>Ada</h1> 7"
 
 
@@ -321,8 +322,8 @@ async def test_what_decides_an_answer_is_in_its_key(serve, tmp_path):
     engine = await serve(http(b'{"organic":[]}', "text/json"))
     hosts = {"site.test": ("127.0.0.1", web.port), "search.test": ("127.0.0.1", engine.port)}
     async with Cache(tmp_path / "c") as cache, open_session(hosts=hosts) as api, Fetcher(hosts=hosts) as fetcher:
-        small = await CachedBrowser(fetcher, cache, max_segment_chars=500).browse("http://site.test/")
-        large = await CachedBrowser(fetcher, cache, max_segment_chars=5000).browse("http://site.test/")
+        small = await CachedBrowser(Visitor(fetcher), cache, max_segment_chars=500).browse("http://site.test/")
+        large = await CachedBrowser(Visitor(fetcher), cache, max_segment_chars=5000).browse("http://site.test/")
         assert (len(small.segments), len(large.segments)) == (10, 1)
         for region in ("us", "de"):
             client = open_search("serper", api, api_key="k", endpoint="http://search.test/", region=region)

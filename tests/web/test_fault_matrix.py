@@ -22,6 +22,7 @@ from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import Timeouts
 from dr_jax.web.page import Response, extract
 from dr_jax.web.politeness import Manners
+from dr_jax.web.visit import Visitor
 from tests.web import fault_server
 from tests.web.fault_server import CHUNKED, HEAD, forever, http, redirect, silent, then_reset
 
@@ -207,7 +208,7 @@ async def test_cache(serve, tmp_path, answer, kind):
     limits = dataclasses.replace(LIMITS, retries=0)
     fetcher = Fetcher(hosts={"site.test": ("127.0.0.1", server.port)}, limits=limits)
     async with Cache(tmp_path / "web") as cache, fetcher:
-        browser = CachedBrowser(fetcher, cache)
+        browser = CachedBrowser(Visitor(fetcher), cache)
         first, second = await browser.browse("http://site.test/"), await browser.browse("http://site.test/")
     assert kind_of(first) is kind
     assert second.segments == ("whole",)

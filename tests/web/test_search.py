@@ -8,7 +8,7 @@ import pytest
 from dr_jax.errors import ConfigError
 from dr_jax.records import FailureKind, Hit
 from dr_jax.web.breaker import Breaker
-from dr_jax.web.budget import Budget
+from dr_jax.web.budget import Allowance, Budget
 from dr_jax.web.cache import Cache, CachedSearcher
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import open_session
@@ -281,7 +281,7 @@ async def test_a_provider_that_says_no_is_not_down(serve, status):
 
 
 async def test_each_attempt_is_paid_for_before_it_is_made(serve):
-    budget = Budget(max_usd=0.003, prices={"serper": 0.001})
+    budget = Budget(Allowance(usd=0.003), prices={"serper": 0.001})
     server = await serve(http(b"<html>"), http(ANSWER))  # an answer of status 200 is charged, useful or not
     found = await ask(server.port, "a", "b", "c", retries=1, budget=budget)
     assert found[:2] == [HITS, HITS]

@@ -1,0 +1,81 @@
+"""Whether another episode may start: not while this process holds more memory than it should."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pathlib
+import time
+from collections.abc import AsyncIterator, Callable
+
+from dr_jax.errors import ConfigError
+
+_RESUME = 0.95  # of the watermark: below it episodes start again
+_LOOK_S = 0.5  # between two looks at the memory while nothing starts
+_log = logging.getLogger(__name__)
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds; 0 where the system does not say (no /proc)."""
+    try:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def memory_bytes() -> int:
+    """Memory that this process may hold: the machine's, or its container's (cgroup v2) where that is less."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = pathlib.Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdigit() else machine
+
+
+class Admission:
+    """Gives out places to episodes, and none while `held()` is at `max_bytes` or more, until it is 5% below it.
+
+    One episode is always admitted, so that a run whose memory does not come down goes on, slowly, instead of hanging."""
+
+    def __init__(self, max_bytes: float, *, held: Callable[[], int] = resident_bytes, look_s: float = _LOOK_S):
+        if not max_bytes > 0:
+            raise ConfigError(f"admission: {max_bytes} bytes leave no room; give more than 0")
+        self._max_bytes, self._held, self._look_s = max_bytes, held, look_s
+        self._inside, self._stopped, self._stopped_s = 0, False, 0.0
+        self._since_s = 0.0
+        self._left = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """A place for one episode, once there is memory for it."""
+        while self._full() and self._inside:
+            self._left.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._look_s):
+                    await self._left.wait()
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            self._left.set()
+
+    def metrics(self) -> dict[str, float]:
+        """Live figures, by the names under which they are logged."""
+        stopped_s = self._stopped_s + (time.monotonic() - self._since_s if self._stopped else 0.0)
+        return {"memory/resident_bytes": float(self._held()), "memory/admission_stopped_s": stopped_s}
+
+    def _full(self) -> bool:
+        held = self._held()
+        if self._stopped and held < _RESUME * self._max_bytes:
+            self._stopped = False
+            self._stopped_s += time.monotonic() - self._since_s
+        elif not self._stopped and held >= self._max_bytes:
+            self._stopped, self._since_s = True, time.monotonic()
+            _log.warning(
+                "memory: %.1f of %.1f GB are held; no episode starts until less is", held / 1e9, self._max_bytes / 1e9
+            )
+        return self._stopped
