@@ -32,18 +32,20 @@ from dr_jax.model import hf, letters
 from dr_jax.model.config import ModelConfig, published
 from dr_jax.model.qwen2 import REMAT
 from dr_jax.records import Question, Sampling
+from dr_jax.rollout.admission import Admission, memory_bytes
+from dr_jax.rollout.watchdog import Watchdog
 from dr_jax.run_config import RunConfig, Web
 from dr_jax.task import questions as question_files
-from dr_jax.web import store
-from dr_jax.web.budget import NOTHING_SPENT, Budget, MeteredFetcher, Spent, estimate_usd
+from dr_jax.web import ray_workers, store
+from dr_jax.web.budget import NOTHING_SPENT, Allowance, Budget, Spent, estimate_usd, share
 from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher
-from dr_jax.web.fetch import Fetcher, Limits
+from dr_jax.web.fetch import Limits
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import open_session
 from dr_jax.web.politeness import Manners
 from dr_jax.web.search import SearchClient, UnblockedSearcher, find_provider
 from dr_jax.web.search_wire import Provider
-from dr_jax.web.workers import ParserPool
+from dr_jax.web.visit import MeteredVisitor, Settings, Visits, open_visitor
 from dr_jax.world import lore, site
 from dr_jax.world import questions as world_questions
 
@@ -61,6 +63,8 @@ def check(run: RunConfig) -> None:
     budget(run)
     api_key(run.web)
     store.check(run.web.cache)
+    if run.web.workers:
+        ray_workers.check(run.web.workers)
     if run.model.remat not in REMAT:
         raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
     if run.model.attention not in ATTENTION:
@@ -80,6 +84,12 @@ class Host:
     reader: Reader
     cache: Cache
     budget: Budget
+    admission: Admission
+    watchdog: Watchdog
+
+    def metrics(self) -> dict[str, float]:
+        """Live figures of this host, by the names under which they are logged."""
+        return self.budget.metrics() | self.admission.metrics() | self.watchdog.metrics()
 
     def context(
         self, run: RunConfig, sampler: Sampler, *, seed: int, today: str, temperature: float | None = None
@@ -108,11 +118,14 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPENT) -> AsyncIterator[Host]:
+async def host(
+    run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPENT, *, index: int = 0, count: int = 1
+) -> AsyncIterator[Host]:
     """Opens the web (or the embedded one), its cache in the workdir, and the tokenizer; closes all of it at the end.
 
-    `spent`: by the run before it was resumed."""
-    meter = budget(run, spent)
+    `spent`: by the run before it was resumed. This is host `index` of `count`, each of which has a pipeline of its own
+    and its share of what the provider, the sites and the budget allow to all of them."""
+    meter = budget(run, spent, index=index, count=count)
     async with contextlib.AsyncExitStack() as stack:
         web = run.web
         hosts: Mapping[str, tuple[str, int]] = {}
@@ -121,8 +134,9 @@ async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPE
             endpoint = f"http://{site.SEARCH_HOST}/search"
             if web.cache_mode != "replay":
                 hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
+        settings = visit_settings(web, hosts, count)
         # Before the cache, so that it closes after it: a page cut short at the end must not be kept as unreadable.
-        parsers = await stack.enter_async_context(ParserPool())
+        visitor = await stack.enter_async_context(open_visits(web, settings))
         cache = await stack.enter_async_context(open_cache(web, workdir))
         # An engine of the user's own may be at a private address; only this session may go there, never the fetcher.
         session = await stack.enter_async_context(open_session(hosts={**hosts, **own_engine(web)}, contact=web.contact))
@@ -133,42 +147,57 @@ async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPE
             endpoint=endpoint,
             region=web.region,
             language=web.language,
-            max_concurrent=web.max_concurrent_searches,
+            max_concurrent=share(web.max_concurrent_searches, index, count),
+            max_per_s=web.max_searches_per_s / count or math.inf,
             budget=meter,
-        )
-        # The one site of the embedded web is ours: politeness limits are for other people's.
-        limits = Limits(max_per_site=Limits.max_concurrent) if web.provider == WORLD else Limits()
-        policy = AddressPolicy(blocked_domains=frozenset(web.blocked_domains))
-        manners = Manners(robots=web.robots, min_delay_s=web.min_delay_s)
-        fetcher = await stack.enter_async_context(
-            Fetcher(policy, hosts, limits=limits, manners=manners, contact=web.contact)
         )
         yield Host(
             chat=Chat.load(model_path(run)),
             preset=preset(run),
-            searcher=UnblockedSearcher(CachedSearcher(searcher, cache), policy),
+            searcher=UnblockedSearcher(CachedSearcher(searcher, cache), settings.policy),
             browser=CachedBrowser(
-                MeteredFetcher(fetcher, meter, max_bytes=limits.max_bytes),
+                MeteredVisitor(visitor, meter, max_bytes=settings.limits.max_bytes),
                 cache,
-                extract=parsers.extract,
                 max_segment_chars=web.segment_chars,
             ),
             reader=ExtractiveReader(),
             cache=cache,
             budget=meter,
+            admission=Admission(run.rollout.max_memory_fraction * memory_bytes()),
+            watchdog=await stack.enter_async_context(Watchdog()),
         )
 
 
-def budget(run: RunConfig, spent: Spent = NOTHING_SPENT) -> Budget:
-    """What the run may still spend."""
-    limits = run.budget
-    prices = {**limits.prices, WORLD_PROVIDER: 0.0} if run.web.provider == WORLD else limits.prices
+def visit_settings(web: Web, hosts: Mapping[str, tuple[str, int]], count: int) -> Settings:
+    """How pages are fetched by one of `count` hosts: a site sees no more of all of them than it would of one.
+
+    Ray workers are shared by the hosts, and keep the limits of a site in one place."""
+    pipelines = 1 if web.workers else count
+    # The one site of the embedded web is ours: politeness limits are for other people's.
+    at_once = Limits.max_concurrent if web.provider == WORLD else max(1, Limits.max_per_site // pipelines)
+    return Settings(
+        policy=AddressPolicy(blocked_domains=frozenset(web.blocked_domains)),
+        hosts=hosts,
+        limits=Limits(max_per_site=at_once),
+        manners=Manners(robots=web.robots, min_delay_s=web.min_delay_s, pipelines=pipelines),
+        contact=web.contact,
+    )
+
+
+def open_visits(web: Web, settings: Settings) -> contextlib.AbstractAsyncContextManager[Visits]:
+    """What fetches and parses pages: this host's processes, or the run's Ray workers."""
+    return ray_workers.RayVisitor(web.workers, settings) if web.workers else open_visitor(settings)
+
+
+def budget(run: RunConfig, spent: Spent = NOTHING_SPENT, *, index: int = 0, count: int = 1) -> Budget:
+    """What host `index` of `count` may still spend; `spent` by all of them before the run was resumed."""
+    most = run.budget
+    prices = {**most.prices, WORLD_PROVIDER: 0.0} if run.web.provider == WORLD else most.prices
     meter = Budget(
-        max_usd=limits.max_usd or math.inf,
-        max_calls=limits.max_calls or math.inf,
-        max_bytes=limits.max_bytes or math.inf,
+        Allowance.or_none(most.max_usd, most.max_calls, most.max_bytes).of_host(index, count),
+        Allowance.or_none(most.max_step_usd, most.max_step_calls, most.max_step_bytes).of_host(index, count),
         prices=prices,
-        spent=spent,
+        spent=spent.of_host(index, count),
     )
     meter.price_usd(search_provider(run.web).name)  # a provider without a price is a mistake to hear of now
     return meter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,12 +30,14 @@ async def run_groups(
     rollouts: int,
     run_episode: RunEpisode,
     max_in_flight: int,
+    admit: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext,
     on_episode: Callable[[Episode], None] = lambda episode: None,
 ) -> tuple[Group, ...]:
     """The groups of `questions`, in their order, whatever the order in which episodes finish.
 
     Episodes start question by question, so that siblings share the sampler's prompt cache. A waiting episode costs
-    memory only: the sampler decides how many of those in flight hold an accelerator slot. `on_episode` sees each
+    memory only: the sampler decides how many of those in flight hold an accelerator slot. `admit` gives each its place
+    (`admission.Admission.place`), and may let it wait for one. `on_episode` sees each
     episode as it ends (for progress); it must not block.
     """
     slots = asyncio.Semaphore(max_in_flight)
@@ -42,7 +45,7 @@ async def run_groups(
     reported: set[str] = set()
 
     async def one(row: int, question: Question, rollout: int) -> None:
-        async with slots:
+        async with slots, admit():
             episode = await _guarded(run_episode, question, rollout, reported)
         done[row, rollout] = episode
         on_episode(episode)

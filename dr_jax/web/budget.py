@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Self
 
 from dr_jax.errors import ConfigError, RolloutHalted
 from dr_jax.records import Failure, FailureKind
@@ -69,6 +70,11 @@ class Allowance:
     usd: float = math.inf
     calls: float = math.inf
     bytes: float = math.inf
+
+    @classmethod
+    def or_none(cls, *limits: float) -> Self:
+        """`limits` of usd, calls and bytes as a config states them: 0 is no limit."""
+        return cls(*(limit or math.inf for limit in limits))
 
     def of_host(self, index: int, count: int) -> Allowance:
         """The share of one host; that of no limit is none."""

@@ -168,12 +168,12 @@ class Fetcher:
         manners = self._manners
         if not manners.toward_hosts and site_name(url.raw_host) in self._hosts:
             return 0.0
-        if want is _ROBOTS or not manners.robots:
-            return manners.min_delay_s
-        delay_s = await self._robots.check(url, functools.partial(self._robots_txt, clock))
+        delay_s: float | Failure = 0.0
+        if want is not _ROBOTS and manners.robots:
+            delay_s = await self._robots.check(url, functools.partial(self._robots_txt, clock))
         if isinstance(delay_s, Failure):
             return delay_s
-        return max(manners.min_delay_s, min(delay_s, manners.max_crawl_delay_s))
+        return manners.pipelines * max(manners.min_delay_s, min(delay_s, manners.max_crawl_delay_s))
 
     async def _robots_txt(self, clock: _Clock, url: URL) -> bytes | Failure:
         answer = await self._follow(url, _ROBOTS, clock)

@@ -7,10 +7,10 @@ Every unit of the cluster's resource `web` is one worker; a machine that is to f
 and the hosts that train with `--num-cpus=0` and no such resource. All need the same dr_jax; the address and byte limits
 of a page are enforced where it is fetched. The workers have names, so that all hosts of a run share them.
 
-**Limits per site** (turns, delay, `Retry-After`, robots.txt, circuit breaker) live in the worker that a site belongs to:
-the first by rendezvous hashing over the last two labels of its name, so that every host picks the same one. A redirect to
-another domain is handed back and asked of that domain's worker. While a worker is dead its sites belong to their second
-worker, which starts with empty memory of them; that is the one moment at which a site can see its next request early.
+**Limits per site** (turns, delay, `Retry-After`, robots.txt, circuit breaker) live in the worker that a site belongs
+to: the first by rendezvous hashing over the last two labels of its name, so that every host picks the same one. A
+redirect to another domain is handed back and asked of that domain's worker. While a worker is dead its sites belong to
+their second worker, which starts with no memory of them: at that one moment a site can see its next request early.
 
 A page whose worker ended is asked once more, of the second; when that fails too it is our failure (OVERLOADED), not the
 page's. Ray restarts workers wherever the resource is free. Its nodes trust each other: whoever holds one, holds all.
@@ -34,7 +34,8 @@ from dr_jax.records import Failure, FailureKind
 from dr_jax.web.fetch import Fetcher, Moved
 from dr_jax.web.guard import admit, domain
 from dr_jax.web.page import EXTRACTOR
-from dr_jax.web.visit import Settings, Visit, Visitor, open_fetcher
+from dr_jax.web.visit import Settings, Visit, Visitor, make_fetcher
+from dr_jax.web.workers import ParserPool
 
 RESOURCE = "web"
 _CONNECT_S = 5.0
@@ -47,7 +48,9 @@ def check(address: str) -> None:
     """Raises `ConfigError` for an address that cannot be right, or without the package; opens nothing."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ConfigError(f"web.workers: got {address!r}; give the head of a Ray cluster as 'host:6379', or '' for none")
+        raise ConfigError(
+            f"web.workers: got {address!r}; give the head of a Ray cluster as 'host:6379', or '' for none"
+        )
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(f"web.workers: {address!r} needs a package: pip install 'dr_jax[ray]'")
 
@@ -168,7 +171,9 @@ class RayVisitor:
 def _namespace(settings: Settings) -> str:
     """Runs with equal settings share workers, and so their limits; others have their own."""
     plain = json.dumps(
-        dataclasses.asdict(settings), sort_keys=True, default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v)
+        dataclasses.asdict(settings),
+        sort_keys=True,
+        default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v),
     )
     return f"dr_jax-{hashlib.sha256(plain.encode()).hexdigest()[:16]}"
 
@@ -196,7 +201,9 @@ class _Worker:
         async with self._opening:
             if self._open is None:
                 try:
-                    self._open = await self._stack.enter_async_context(open_fetcher(self._settings))
+                    parsers = await self._stack.enter_async_context(ParserPool())
+                    fetcher = await self._stack.enter_async_context(make_fetcher(self._settings))
+                    self._open = fetcher, Visitor(fetcher, extract=parsers.extract)
                 except OSError as error:  # no process left on this node: the next visit tries again
                     return Visit(Failure(FailureKind.OVERLOADED, f"a worker cannot open: {type(error).__name__}"))
         fetcher, visitor = self._open

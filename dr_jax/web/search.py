@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +36,8 @@ class SearchClient:
 
     `session` comes from `http.open_session` and serves this provider alone. An answer that redirects is refused: the
     key goes to `endpoint` and nowhere else. A search holds its slot while it waits to try again, so that a provider
-    that asks for less gets less. `budget` pays for each attempt; `breaker` stops asking a provider that is down."""
+    that asks for less gets less; attempts start at least 1 / `max_per_s` seconds apart. `budget` pays for each;
+    `breaker` stops asking a provider that is down."""
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class SearchClient:
         language: str = "en",
         timeout_s: float = 10.0,
         max_concurrent: int = 32,
+        max_per_s: float = math.inf,
         retries: int = 2,
         backoff_s: float = 0.5,
         breaker: Breaker | None = None,
@@ -58,7 +62,10 @@ class SearchClient:
             self._headers[provider.key_header] = provider.key_prefix + _check_key(api_key, provider)
         self._session, self._provider, self._locale = session, provider, Locale(region, language)
         self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
+        if max_concurrent < 1 or not max_per_s > 0:
+            raise ConfigError(f"search: {max_concurrent} at once, {max_per_s:g} a second: none could ever start")
         self._slots = asyncio.Semaphore(max_concurrent)
+        self._door, self._delay_s, self._next_s = asyncio.Lock(), 1.0 / max_per_s, -math.inf
         # More in a row than one moment's searches, so that a single hiccup of the network does not open it.
         self._breaker = breaker or Breaker(threshold=2 * max_concurrent, cool_s=15.0)
         self._budget = budget
@@ -97,6 +104,7 @@ class SearchClient:
 
     async def _attempt(self, request: dict[str, Any]) -> tuple[Hit, ...] | Failure:
         """One request, paid for before it is made; a provider that answers with an error status charges nothing."""
+        await self._start()
         refused = self._budget.take(self._provider.name) if self._budget else None
         if refused:
             return refused
@@ -104,6 +112,12 @@ class SearchClient:
         if self._budget and isinstance(answer, Failure) and answer.status:
             self._budget.give_back(self._provider.name)
         return answer
+
+    async def _start(self) -> None:
+        """Waits for the next start that the rate allows; first come, first served."""
+        async with self._door:
+            await asyncio.sleep(self._next_s - time.monotonic())
+            self._next_s = time.monotonic() + self._delay_s
 
     async def _ask(self, request: dict[str, Any]) -> tuple[Hit, ...] | Failure:
         sent: dict[str, Any] = {"params" if self._provider.method == "GET" else "json": request}

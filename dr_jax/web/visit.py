@@ -1,6 +1,6 @@
 """One page, from its URL to its text, and what it weighed: what a browser asks for, whoever carries it out.
 
-`open_visitor` does it with this host's own fetcher and parser processes; `ray_workers` has other machines do the same."""
+`open_visitor` does it with this host's own fetcher and parser processes; `ray_workers` has other machines do so."""
 
 from __future__ import annotations
 
@@ -98,15 +98,15 @@ class Settings:
     contact: str = ""
 
 
-@contextlib.asynccontextmanager
-async def open_fetcher(settings: Settings) -> AsyncIterator[tuple[Fetcher, Visitor]]:
-    """A fetcher, and the visitor that reads its pages in parser processes."""
-    fetcher = Fetcher(
-        settings.policy,
-        settings.hosts,
-        limits=settings.limits,
-        manners=settings.manners,
-        contact=settings.contact,
+def make_fetcher(settings: Settings) -> Fetcher:
+    """The fetcher of `settings`, to be entered."""
+    return Fetcher(
+        settings.policy, settings.hosts, limits=settings.limits, manners=settings.manners, contact=settings.contact
     )
-    async with ParserPool() as parsers, fetcher:
-        yield fetcher, Visitor(fetcher, extract=parsers.extract)
+
+
+@contextlib.asynccontextmanager
+async def open_visitor(settings: Settings) -> AsyncIterator[Visitor]:
+    """A visitor with parser processes of its own."""
+    async with ParserPool() as parsers, make_fetcher(settings) as fetcher:
+        yield Visitor(fetcher, extract=parsers.extract)

@@ -16,7 +16,7 @@ from dr_jax.web.fetch import Limits
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.politeness import Manners
 from dr_jax.web.ray_workers import RayVisitor, ranked
-from dr_jax.web.visit import MeteredVisitor, Settings, open_fetcher
+from dr_jax.web.visit import MeteredVisitor, Settings, open_visitor
 from tests.web.fault_server import http, redirect, silent
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -54,7 +54,9 @@ def test_an_address_that_is_none(address):
 
 def test_equal_settings_share_workers_and_others_do_not():
     name = ray_workers._namespace
-    one, same = (Settings(AddressPolicy(blocked_domains=frozenset(d))) for d in (("a.org", "b.org"), ("b.org", "a.org")))
+    one, same = (
+        Settings(AddressPolicy(blocked_domains=frozenset(d))) for d in (("a.org", "b.org"), ("b.org", "a.org"))
+    )
     assert name(one) == name(same)
     assert len({name(one), name(Settings()), name(Settings(manners=Manners(min_delay_s=2.0)))}) == 3
 
@@ -102,7 +104,7 @@ async def test_pages_are_fetched_and_read_by_two_nodes_as_by_this_one(cluster, s
     named = {FIRST: good, f"www.{SECOND}": good, "large.example": large, "away.example": away}
     where = settings(named, max_bytes=5000)
     urls = [*(f"http://{name}/" for name in named), f"http://127.0.0.1:{canary.port}/", "file:///etc/passwd"]
-    async with open_fetcher(where) as (_, local), RayVisitor(cluster.address, where) as remote:
+    async with open_visitor(where) as local, RayVisitor(cluster.address, where) as remote:
         here = [await local.visit(url, max_segment_chars=100) for url in urls]
         there = await asyncio.gather(*(remote.visit(url, max_segment_chars=100) for url in urls))
         assert len({actor.pid for actor in actors()}) == 2
@@ -191,7 +193,7 @@ async def test_a_page_whose_worker_ends_is_asked_once_more_and_then_it_is_our_fa
                     actor.kill()
         failure = call.result().answer
     assert (failure.kind, failure.infrastructure) == (FailureKind.OVERLOADED, True)
-    assert server.connections == 4
+    assert 3 <= server.connections <= 4  # the worker that was killed first may still be starting
 
 
 def remote_ports(process: psutil.Process) -> set[int]:
@@ -201,16 +203,16 @@ def remote_ports(process: psutil.Process) -> set[int]:
 @pytest.mark.slow
 async def test_sites_of_a_node_that_is_gone_belong_to_the_other(cluster, serve):
     server = await serve(http(b"<p>here"))
-    where = settings({FIRST: server, SECOND: server})
+    sites = [f"site{number}.example" for number in range(12)]
+    where = settings(dict.fromkeys(sites, server))
     lost = cluster.add_node(num_cpus=0, object_store_memory=80 << 20, node_ip_address="127.0.0.1", resources={"web": 1})
     async with RayVisitor(cluster.address, where) as visitor:
         assert len(actors()) == 3
         cluster.remove_node(lost)
-        for number in range(12):
-            site = f"http://site{number}.example/"
-            assert kind_of(await visitor.visit(site, max_segment_chars=100)) is not FailureKind.OVERLOADED
-        visits = [await visitor.visit(f"http://{name}/", max_segment_chars=100) for name in (FIRST, SECOND)]
-    assert [visit.answer.segments for visit in visits] == [("here",)] * 2
+        visits = [await visitor.visit(f"http://{site}/", max_segment_chars=100) for site in sites]
+        assert len(actors()) == 2
+    assert [visit.answer.segments for visit in visits] == [("here",)] * 12
+    assert {ranked(site, 3)[0] for site in sites} == {0, 1, 2}
 
 
 @pytest.mark.slow

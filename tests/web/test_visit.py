@@ -8,7 +8,7 @@ from dr_jax.records import FailureKind
 from dr_jax.web.budget import Allowance, Budget, Spent
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.guard import AddressPolicy
-from dr_jax.web.visit import MeteredVisitor, Settings, Visitor, open_fetcher
+from dr_jax.web.visit import MeteredVisitor, Settings, Visitor, open_visitor
 
 
 def page(body: bytes) -> bytes:
@@ -57,7 +57,7 @@ async def test_an_open_visitor_reads_in_parser_processes_and_keeps_its_settings(
         AddressPolicy(blocked_domains=frozenset({"evil.example"})), {"site.test": ("127.0.0.1", server.port)},
         contact="me@example.org",
     )  # fmt: skip
-    async with open_fetcher(settings) as (_, visitor):
+    async with open_visitor(settings) as visitor:
         visited = await visitor.visit("http://site.test/")
         blocked = await visitor.visit("http://evil.example/")
     assert visited.answer.segments == ("# Ada",)
