@@ -45,7 +45,7 @@ from dr_jax.web.http import open_session
 from dr_jax.web.politeness import Manners
 from dr_jax.web.search import SearchClient, UnblockedSearcher, find_provider
 from dr_jax.web.search_wire import Provider
-from dr_jax.web.visit import MeteredVisitor, Settings, Visits, open_visitor
+from dr_jax.web.visit import MeteredVisitor, Settings
 from dr_jax.world import lore, site
 from dr_jax.world import questions as world_questions
 
@@ -65,6 +65,8 @@ def check(run: RunConfig) -> None:
     store.check(run.web.cache)
     if run.web.workers:
         ray_workers.check(run.web.workers)
+        if run.web.provider == WORLD:
+            raise ConfigError("config.web.workers: the embedded web is served on this host alone; set workers to ''")
     if run.model.remat not in REMAT:
         raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
     if run.model.attention not in ATTENTION:
@@ -136,7 +138,7 @@ async def host(
                 hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
         settings = visit_settings(web, hosts, count)
         # Before the cache, so that it closes after it: a page cut short at the end must not be kept as unreadable.
-        visitor = await stack.enter_async_context(open_visits(web, settings))
+        visitor = await stack.enter_async_context(ray_workers.open_visits(web.workers, settings))
         cache = await stack.enter_async_context(open_cache(web, workdir))
         # An engine of the user's own may be at a private address; only this session may go there, never the fetcher.
         session = await stack.enter_async_context(open_session(hosts={**hosts, **own_engine(web)}, contact=web.contact))
@@ -182,11 +184,6 @@ def visit_settings(web: Web, hosts: Mapping[str, tuple[str, int]], count: int) -
         manners=Manners(robots=web.robots, min_delay_s=web.min_delay_s, pipelines=pipelines),
         contact=web.contact,
     )
-
-
-def open_visits(web: Web, settings: Settings) -> contextlib.AbstractAsyncContextManager[Visits]:
-    """What fetches and parses pages: this host's processes, or the run's Ray workers."""
-    return ray_workers.RayVisitor(web.workers, settings) if web.workers else open_visitor(settings)
 
 
 def budget(run: RunConfig, spent: Spent = NOTHING_SPENT, *, index: int = 0, count: int = 1) -> Budget:

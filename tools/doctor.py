@@ -288,23 +288,30 @@ def provider(run: RunConfig, values: FlagValues) -> list[Finding]:
 
 
 def egress(run: RunConfig, values: FlagValues) -> list[Finding]:
-    """Whether the provider's server answers at all, and how far its clock is from ours."""
+    """Whether the provider's name is known, its server answers at all, and how far its clock is from ours."""
     from dr_jax import assemble
     from dr_jax.records import Failure
 
     if not _asks_somebody(run):
-        return [Finding("egress", "ok", f"{_alone(run)} needs no network"), Finding("clock", "-", "nobody was asked")]
+        return _egress(Finding("egress", "ok", f"{_alone(run)} needs no network"))
     web = run.web
     endpoint = web.endpoint or assemble.search_provider(web).endpoint
     if not endpoint:
-        return [Finding("egress", "-", "no endpoint to ask"), Finding("clock", "-", "nobody was asked")]
-    host = urllib.parse.urlsplit(endpoint).hostname  # what follows it may hold a token
-    answer = asyncio.run(ask(endpoint, assemble.own_engine(web), web.contact))
-    if isinstance(answer, Failure):
-        why = REMEDIES.get(answer.kind, f"no HTTP as it should be ({answer.detail})")
-        return [Finding("egress", "mend", f"{host}: {answer.kind}: {why}"), Finding("clock", "-", "nobody answered")]
-    status, date = answer
-    return [Finding("egress", "ok", f"{host} answers (HTTP {status})"), clock(date)]
+        return _egress(Finding("egress", "-", "no endpoint to ask"))
+    host, own = urllib.parse.urlsplit(endpoint).hostname, assemble.own_engine(web)  # what follows it may hold a token
+    answer = asyncio.run(ask(endpoint, own, web.contact))
+    named = Finding("dns", "-", f"{host} has its address from the config") if own else Finding("dns", "ok", f"{host}")
+    if not isinstance(answer, Failure):
+        return _egress(Finding("egress", "ok", f"{host} answers (HTTP {answer[0]})"), named, clock(answer[1]))
+    why = REMEDIES.get(answer.kind, f"no HTTP as it should be ({answer.detail})")
+    if answer.kind in ("dns", "no_such_host"):
+        named = Finding("dns", "mend", f"{host}: {answer.kind}")
+    unknown = Finding("clock", "-", "nobody answered")
+    return _egress(Finding("egress", "mend", f"{host}: {answer.kind}: {why}"), named, unknown)
+
+
+def _egress(found: Finding, *more: Finding) -> list[Finding]:
+    return [found, *(more or (Finding(name, "-", "nobody was asked") for name in ("dns", "clock")))]
 
 
 async def ask(url: str, hosts: Hosts, contact: str) -> tuple[int, str] | Failure:

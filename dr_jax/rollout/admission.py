@@ -38,7 +38,7 @@ def memory_bytes() -> int:
 class Admission:
     """Gives out places to episodes, and none while `held()` is at `max_bytes` or more, until it is 5% below it.
 
-    One episode is always admitted, so that a run whose memory does not come down goes on, slowly, instead of hanging."""
+    One episode is always admitted: a run whose memory does not come down goes on, slowly, instead of hanging."""
 
     def __init__(self, max_bytes: float, *, held: Callable[[], int] = resident_bytes, look_s: float = _LOOK_S):
         if not max_bytes > 0:

@@ -34,7 +34,7 @@ from dr_jax.records import Failure, FailureKind
 from dr_jax.web.fetch import Fetcher, Moved
 from dr_jax.web.guard import admit, domain
 from dr_jax.web.page import EXTRACTOR
-from dr_jax.web.visit import Settings, Visit, Visitor, make_fetcher
+from dr_jax.web.visit import Settings, Visit, Visitor, Visits, make_fetcher, open_visitor
 from dr_jax.web.workers import ParserPool
 
 RESOURCE = "web"
@@ -53,6 +53,11 @@ def check(address: str) -> None:
         )
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(f"web.workers: {address!r} needs a package: pip install 'dr_jax[ray]'")
+
+
+def open_visits(address: str, settings: Settings) -> contextlib.AbstractAsyncContextManager[Visits]:
+    """What visits pages, to be entered: the workers of the cluster at `address`, or this host's own processes ('')."""
+    return RayVisitor(address, settings) if address else open_visitor(settings)
 
 
 def ranked(site: str, count: int) -> list[int]:

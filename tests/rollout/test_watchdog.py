@@ -19,7 +19,7 @@ async def test_a_loop_that_stands_still_is_named_by_its_stack(caplog):
     with caplog.at_level(logging.ERROR):
         async with Watchdog(limit_s=0.2) as watchdog:
             the_culprit(0.6)
-            while not watchdog.metrics()["loop/stops"]:
+            while not watchdog.metrics()["loop/stops"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             figures = watchdog.metrics()
     (record,) = caplog.records

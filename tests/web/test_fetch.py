@@ -16,7 +16,7 @@ from yarl import URL
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
-from dr_jax.web.fetch import Fetcher, Limits, _redirect
+from dr_jax.web.fetch import Fetcher, Limits, Moved, _redirect
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import Timeouts
 from dr_jax.web.page import Response
@@ -279,6 +279,21 @@ def test_a_patience_of_nothing_is_a_config_error():
 async def test_a_429_is_asked_again_when_the_site_said(serve):
     server = await serve(http(b"", "Retry-After: 0", status="429 Slow Down"), http(b"ok"))
     assert (await fetch(server)).body == b"ok"
+
+
+async def test_a_leg_ends_where_a_redirect_leaves_the_domain(serve):
+    first = await serve(http(b"", "Location: http://www.a.test/x", status="302 Found"))
+    second = await serve(http(b"", "Location: http://b.test/y?z#w", status="302 Found"))
+    third = await serve(http(b"there"))
+    names = {"a.test": first, "www.a.test": second, "b.test": third}
+    hosts = {name: ("127.0.0.1", server.port) for name, server in names.items()}
+    async with Fetcher(hosts=hosts, limits=QUICK, lookup=refuse) as fetcher:
+        moved = await fetcher.leg(Moved("http://a.test/", 0))
+        assert moved == Moved("http://b.test/y?z#w", 2)
+        assert third.connections == 0
+        assert (await fetcher.leg(moved)).body == b"there"
+        assert (await fetcher.leg(Moved("http://a.test/", 5))).kind is FailureKind.REDIRECTS
+        assert (await fetcher.leg(Moved("http://localhost/", 0))).kind is FailureKind.BLOCKED
 
 
 @pytest.mark.parametrize("status", ["429 Slow Down", "503 Busy"])

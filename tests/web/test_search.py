@@ -340,3 +340,19 @@ async def test_a_failure_passes_the_filter_of_blocked_domains(serve):
         client = open_search("serper", session, api_key=KEY, endpoint="http://search.test/search")
         failure = await UnblockedSearcher(client, AddressPolicy()).search("who", top_k=10)
     assert failure.kind is FailureKind.AUTH
+
+
+async def test_attempts_start_no_faster_than_the_rate(serve):
+    server, loop = await serve(http(b"", status="500 I"), http(ANSWER)), asyncio.get_running_loop()
+    started_s = loop.time()
+    found = await ask(server.port, "a", "b", "c", max_per_s=20.0, retries=1)
+    assert found == [HITS] * 3
+    assert server.connections == 4
+    assert loop.time() - started_s >= 0.15  # a lower bound: three delays lie between four starts
+
+
+@pytest.mark.parametrize("limits", [{"max_concurrent": 0}, {"max_per_s": 0.0}])
+async def test_a_limit_that_lets_nothing_start(limits):
+    async with open_session() as session:
+        with pytest.raises(ConfigError, match="none could ever start"):
+            open_search("serper", session, api_key="k", **limits)
