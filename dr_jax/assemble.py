@@ -89,9 +89,9 @@ class Host:
     admission: Admission
     watchdog: Watchdog
 
-    def metrics(self) -> dict[str, float]:
-        """Live figures of this host, by the names under which they are logged."""
-        return self.budget.metrics() | self.admission.metrics() | self.watchdog.metrics()
+    def health(self) -> dict[str, float]:
+        """Live figures of this process, by the names under which they are logged."""
+        return self.admission.metrics() | self.watchdog.metrics()
 
     def context(
         self, run: RunConfig, sampler: Sampler, *, seed: int, today: str, temperature: float | None = None

@@ -8,7 +8,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from dr_jax.errors import ConfigError
 
@@ -36,32 +36,31 @@ def memory_bytes() -> int:
 
 
 class Admission:
-    """Gives out places to episodes, and none while `held()` is at `max_bytes` or more, until it is 5% below it.
+    """Lets episodes start, and none while `held()` is at `max_bytes` or more, until it is 5% below it.
 
-    One episode is always admitted: a run whose memory does not come down goes on, slowly, instead of hanging."""
+    Nobody waits longer than `patience_s`: a run whose memory does not come down goes on, slowly, instead of hanging."""
 
-    def __init__(self, max_bytes: float, *, held: Callable[[], int] = resident_bytes, look_s: float = _LOOK_S):
+    def __init__(
+        self,
+        max_bytes: float,
+        *,
+        patience_s: float = 60.0,
+        held: Callable[[], int] = resident_bytes,
+        look_s: float = _LOOK_S,
+    ):
         if not max_bytes > 0:
             raise ConfigError(f"admission: {max_bytes} bytes leave no room; give more than 0")
-        self._max_bytes, self._held, self._look_s = max_bytes, held, look_s
-        self._inside, self._stopped, self._stopped_s = 0, False, 0.0
-        self._since_s = 0.0
-        self._left = asyncio.Event()
+        self._max_bytes, self._patience_s, self._held, self._look_s = max_bytes, patience_s, held, look_s
+        self._door = asyncio.Lock()  # one by one: each looks at the memory that those before it left
+        self._stopped, self._since_s, self._stopped_s = False, 0.0, 0.0
 
-    @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """A place for one episode, once there is memory for it."""
-        while self._full() and self._inside:
-            self._left.clear()
+    async def wait(self) -> None:
+        """Returns when one more episode may start."""
+        async with self._door:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._look_s):
-                    await self._left.wait()
-        self._inside += 1
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            self._left.set()
+                async with asyncio.timeout(self._patience_s):
+                    while self._full():  # noqa: ASYNC110  (memory tells nobody)
+                        await asyncio.sleep(self._look_s)
 
     def metrics(self) -> dict[str, float]:
         """Live figures, by the names under which they are logged."""

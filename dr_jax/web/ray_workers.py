@@ -141,23 +141,24 @@ class RayVisitor:
         return Visit(Failure(FailureKind.OVERLOADED, f"no answer from a worker in {self._patience_s:g} s"))
 
     async def _leg(self, target: URL, here: Moved, max_segment_chars: int) -> Visit | Moved:
-        """What the first of the site's two workers says that lives."""
+        """What the site's worker says, or the second one where the first does not live."""
         import ray
 
-        for worker in ranked(domain(target.raw_host), self._count)[:2]:
-            handle = await self._worker(worker)
-            call = handle.visit.remote(here, max_segment_chars)
+        candidates = iter(ranked(domain(target.raw_host), self._count))
+        worker = next(candidates)
+        for _ in range(2):
+            call = (await self._worker(worker)).visit.remote(here, max_segment_chars)
             try:
                 return await call
             except asyncio.CancelledError:  # the patience of `visit` included
                 ray.cancel(call)
                 raise
-            except ray.exceptions.ActorDiedError:  # for good, as when the host that started it has left
+            except ray.exceptions.ActorDiedError:  # for good: the host that started it has left; we start it again
                 self._workers.pop(worker, None)
             except ray.exceptions.RayTaskError:
                 raise  # a defect of ours, as it would be in this process
-            except ray.exceptions.RayError:  # the actor, its node or the way to it
-                pass
+            except ray.exceptions.RayError:  # the actor, its node or the way to it; Ray starts it again, somewhere
+                worker = next(candidates, worker)
         return Visit(_LOST)
 
     async def _worker(self, index: int) -> Any:

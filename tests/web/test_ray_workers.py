@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pathlib
 import socket
+import sys
 
 import psutil
 import pytest
@@ -88,8 +90,8 @@ def actors() -> list[psutil.Process]:
     return [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::_Worker")]
 
 
-def settings(servers, **limits) -> Settings:
-    hosts = {name: ("127.0.0.1", server.port) for name, server in servers.items()}
+def settings(ports, **limits) -> Settings:
+    hosts = {name: ("127.0.0.1", port) for name, port in ports.items()}
     return Settings(hosts=hosts, limits=Limits(retries=0, **limits), manners=Manners(min_delay_s=0.0))
 
 
@@ -102,7 +104,7 @@ async def test_pages_are_fetched_and_read_by_two_nodes_as_by_this_one(cluster, s
     good, large, canary = await serve(http(b"<h1>Ada</h1>")), await serve(http(b"x" * 9000)), await serve(silent)
     away = await serve(redirect("http://127.0.0.1/"))
     named = {FIRST: good, f"www.{SECOND}": good, "large.example": large, "away.example": away}
-    where = settings(named, max_bytes=5000)
+    where = settings({name: server.port for name, server in named.items()}, max_bytes=5000)
     urls = [*(f"http://{name}/" for name in named), f"http://127.0.0.1:{canary.port}/", "file:///etc/passwd"]
     async with open_visitor(where) as local, RayVisitor(cluster.address, where) as remote:
         here = [await local.visit(url, max_segment_chars=100) for url in urls]
@@ -115,9 +117,26 @@ async def test_pages_are_fetched_and_read_by_two_nodes_as_by_this_one(cluster, s
     assert canary.connections == 0
 
 
+OTHER_HOST = """
+import asyncio, json, sys
+from dr_jax.web.ray_workers import RayVisitor
+from tests.web.test_ray_workers import settings
+
+async def main(address, hosts, urls):
+    async with RayVisitor(address, settings(hosts, max_per_site=1)) as visitor:
+        print("open", flush=True)
+        sys.stdin.readline()
+        visits = await asyncio.gather(*(visitor.visit(url, max_segment_chars=100) for url in urls))
+        print(json.dumps([visit.answer.segments for visit in visits]), flush=True)
+        sys.stdin.readline()
+
+asyncio.run(main(*json.loads(sys.argv[1])))
+"""
+
+
 @pytest.mark.slow
 async def test_the_limits_of_a_site_live_in_one_place(cluster, serve):
-    """Two hosts ask for pages of one site, directly and by redirects from sites of the other worker."""
+    """Two hosts ask for pages of one site, directly and by redirects from a site of the other worker."""
     inside, most = 0, 0
 
     async def answer(reader, writer):
@@ -129,13 +148,27 @@ async def test_the_limits_of_a_site_live_in_one_place(cluster, serve):
         writer.write(http(b"<p>here"))
 
     site, elsewhere = await serve(answer), await serve(redirect(f"http://www.{SECOND}/"))
-    where = settings({f"www.{SECOND}": site, FIRST: elsewhere}, max_per_site=1)
-    async with RayVisitor(cluster.address, where) as visitor:
-        urls = [f"http://www.{SECOND}/", f"http://{FIRST}/"] * 5
+    ports = {f"www.{SECOND}": site.port, FIRST: elsewhere.port}
+    urls = [f"http://www.{SECOND}/", f"http://{FIRST}/"] * 5
+    other = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", OTHER_HOST, json.dumps([cluster.address, ports, urls])),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    assert await other.stdout.readline() == b"open\n"
+    async with RayVisitor(cluster.address, settings(ports, max_per_site=1)) as visitor:
+        other.stdin.write(b"\n")
         visits = await asyncio.gather(*(visitor.visit(url, max_segment_chars=100) for url in urls))
-    assert [visit.answer.segments for visit in visits] == [("here",)] * 10
-    assert {visit.answer.url for visit in visits} == {f"http://www.{SECOND}/"}
-    assert (site.connections, most) == (10, 1)
+        assert json.loads(await other.stdout.readline()) == [["here"]] * 10
+        assert len(actors()) == 2
+        assert [visit.answer.segments for visit in visits] == [("here",)] * 10
+        assert {visit.answer.url for visit in visits} == {f"http://www.{SECOND}/"}
+        assert (site.connections, most) == (20, 1)
+
+        await other.communicate(b"\n")  # the host that started the workers leaves, and they with it
+        async with asyncio.timeout(60):
+            while kind_of(visit := await visitor.visit(urls[1], max_segment_chars=100)) is FailureKind.OVERLOADED:
+                pass
+        assert visit.answer.segments == ("here",)
 
 
 @pytest.mark.slow
@@ -150,7 +183,7 @@ async def test_a_visit_given_up_frees_its_turn_and_its_budget(cluster, serve):
         gone.set()
 
     server, budget = await serve(wait, http(b"<p>next")), Budget()
-    where = settings({FIRST: server}, max_per_site=1)
+    where = settings({FIRST: server.port}, max_per_site=1)
     async with RayVisitor(cluster.address, where) as remote:
         visitor = MeteredVisitor(remote, budget, max_bytes=1000)
         task = asyncio.create_task(visitor.visit(f"http://{FIRST}/", max_segment_chars=100))
@@ -173,7 +206,7 @@ async def test_a_page_whose_worker_ends_is_asked_once_more_and_then_it_is_our_fa
         await reader.read()
 
     server = await serve(deadly, http(b"<p>saved"), deadly)
-    async with RayVisitor(cluster.address, settings({FIRST: server})) as visitor:
+    async with RayVisitor(cluster.address, settings({FIRST: server.port})) as visitor:
         call = asyncio.create_task(visitor.visit(f"http://{FIRST}/", max_segment_chars=100))
         await asking.wait()
         asking.clear()
@@ -204,7 +237,7 @@ def remote_ports(process: psutil.Process) -> set[int]:
 async def test_sites_of_a_node_that_is_gone_belong_to_the_other(cluster, serve):
     server = await serve(http(b"<p>here"))
     sites = [f"site{number}.example" for number in range(12)]
-    where = settings(dict.fromkeys(sites, server))
+    where = settings(dict.fromkeys(sites, server.port))
     lost = cluster.add_node(num_cpus=0, object_store_memory=80 << 20, node_ip_address="127.0.0.1", resources={"web": 1})
     async with RayVisitor(cluster.address, where) as visitor:
         assert len(actors()) == 3
