@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -224,6 +226,38 @@ async def test_two_processes_share_one_file(tmp_path):
         for i in range(20):
             assert (await ask((two, one)[i % 2], Source(MISSING), str(i)))[0].title == str(i)
         assert one.stats()["errors"] == two.stats()["errors"] == 0
+
+
+WRITER = """
+import asyncio, sys
+from dr_jax.records import Hit
+from dr_jax.web.cache import Cache
+
+async def main():
+    async with Cache(sys.argv[1]) as cache:
+        for i in range(10**6):
+            async def ask(i=i):
+                return (Hit(str(i), "https://a.test/", "x" * 5000),)
+            await cache.through({"kind": "search", "q": str(i)}, ask)
+            print(i, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_writer_that_is_killed_leaves_whole_entries(tmp_path):
+    for attempt in range(2):
+        path = tmp_path / f"{attempt}.sqlite"
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True)
+        for _ in range(20 + 7 * attempt):
+            last = int(writer.stdout.readline())
+        writer.kill()
+        writer.communicate()
+        async with Cache(path) as cache:
+            for i in range(last + 1):
+                found = await ask(cache, Source(MISSING), str(i))
+                assert found[0] == Hit(str(i), "https://a.test/", "x" * 5000)
+            assert cache.stats()["errors"] == 0
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import zlib
 
+import aiohttp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -198,6 +199,43 @@ async def test_a_certificate_nobody_vouches_for_is_refused(self_signed):
         hosts = {"site.test": ("127.0.0.1", server.sockets[0].getsockname()[1])}
         async with Fetcher(hosts=hosts, limits=QUICK, lookup=refuse) as fetcher:
             assert (await fetcher.fetch("https://site.test/")).kind is FailureKind.TLS
+
+
+def openssl(folder, command: str) -> None:
+    subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "days", "kind"),
+    [
+        ("site.test", 1, None),
+        ("site.test", -1, FailureKind.TLS),  # expired yesterday
+        ("other.test", 1, FailureKind.TLS),
+    ],
+)
+async def test_a_certificate_that_is_vouched_for_must_still_fit(tmp_path, monkeypatch, name, days, kind):
+    if not shutil.which("openssl"):
+        pytest.skip("makes its certificates with openssl")
+    new = "req -newkey rsa:2048 -nodes"
+    openssl(tmp_path, f"{new} -x509 -days 2 -subj /CN=ours -keyout ca.key -out ca.pem")
+    openssl(tmp_path, f"{new} -subj /CN={name} -addext subjectAltName=DNS:{name} -keyout key.pem -out request")
+    signed = "x509 -req -in request -CA ca.pem -CAkey ca.key -CAcreateserial -copy_extensions copy"
+    openssl(tmp_path, f"{signed} -days {days} -out cert.pem")
+    # aiohttp made its context from the system's authorities when it was imported: here ours is the only one.
+    ours = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+    monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", ours)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(http(b"ok"))
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context) as server:
+        hosts = {"site.test": ("127.0.0.1", server.sockets[0].getsockname()[1])}
+        async with Fetcher(hosts=hosts, limits=QUICK, lookup=refuse) as fetcher:
+            fetched = await fetcher.fetch("https://site.test/")
+    assert getattr(fetched, "kind", None) is kind
 
 
 def test_https_never_redirects_to_http():
