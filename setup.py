@@ -49,7 +49,6 @@ setup(
             "psutil>=6",
             "pypdfium2>=5",
             "redis>=6",
-            "ray>=2.40",
         ],
     },
 )

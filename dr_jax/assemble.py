@@ -64,9 +64,9 @@ def check(run: RunConfig) -> None:
     api_key(run.web)
     store.check(run.web.cache)
     if run.web.workers:
-        ray_workers.check(run.web.workers)
         if run.web.provider == WORLD:
             raise ConfigError("config.web.workers: the embedded web is served on this host alone; set workers to ''")
+        ray_workers.check(run.web.workers)
     if run.model.remat not in REMAT:
         raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
     if run.model.attention not in ATTENTION:

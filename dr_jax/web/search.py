@@ -63,7 +63,10 @@ class SearchClient:
         self._session, self._provider, self._locale = session, provider, Locale(region, language)
         self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
         if max_concurrent < 1 or not max_per_s > 0:
-            raise ConfigError(f"search: {max_concurrent} at once, {max_per_s:g} a second: none could ever start")
+            raise ConfigError(
+                f"search: {max_concurrent} at once and {max_per_s:g} a second let none start; raise "
+                "config.web.max_concurrent_searches, which all hosts share"
+            )
         self._slots = asyncio.Semaphore(max_concurrent)
         self._door, self._delay_s, self._next_s = asyncio.Lock(), 1.0 / max_per_s, -math.inf
         # More in a row than one moment's searches, so that a single hiccup of the network does not open it.

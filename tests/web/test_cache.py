@@ -245,19 +245,23 @@ asyncio.run(main())
 """
 
 
-async def test_a_writer_that_is_killed_leaves_whole_entries(tmp_path):
-    for attempt in range(2):
-        path = tmp_path / f"{attempt}.sqlite"
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True)
-        for _ in range(20 + 7 * attempt):
-            last = int(writer.stdout.readline())
-        writer.kill()
-        writer.communicate()
-        async with Cache(path) as cache:
-            for i in range(last + 1):
-                found = await ask(cache, Source(MISSING), str(i))
-                assert found[0] == Hit(str(i), "https://a.test/", "x" * 5000)
-            assert cache.stats()["errors"] == 0
+def write_until_killed(path, after: int) -> int:
+    """The last entry that a process has said to have written when it was killed."""
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True)
+    written = [int(writer.stdout.readline()) for _ in range(after)]
+    writer.kill()
+    writer.communicate()
+    return written[-1]
+
+
+@pytest.mark.parametrize("after", [1, 20])
+async def test_a_writer_that_is_killed_leaves_whole_entries(tmp_path, after):
+    last = write_until_killed(tmp_path / "c.sqlite", after)
+    async with Cache(tmp_path / "c.sqlite") as cache:
+        for i in range(last + 1):
+            found = await ask(cache, Source(MISSING), str(i))
+            assert found == (Hit(str(i), "https://a.test/", "x" * 5000),)
+        assert cache.stats()["errors"] == 0
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

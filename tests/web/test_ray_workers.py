@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import pathlib
 import socket
@@ -11,6 +12,7 @@ import sys
 import psutil
 import pytest
 
+from dr_jax import assemble, run_config
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
 from dr_jax.web import ray_workers
@@ -254,3 +256,18 @@ async def test_a_cluster_without_workers_says_how_to_start_one(cluster, monkeypa
     with pytest.raises(ConfigError, match=r"offers the resource 'nothing'; start one with ray start --address="):
         async with RayVisitor(cluster.address):
             pass
+
+
+@pytest.mark.slow
+async def test_a_run_has_its_pages_visited_by_the_workers_that_its_config_names(cluster, tmp_path):
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "configs" / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.web.update(provider="searxng", endpoint="https://searx.example/search", workers=cluster.address)
+    run = run_config.resolve(config.to_dict())
+    assemble.check(run)
+    async with assemble.host(run, tmp_path) as host:
+        assert len(actors()) == 2
+        assert (await host.browser.browse("http://10.0.0.1/")).kind is FailureKind.BLOCKED
+    assert actors() == []
