@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Self
+from typing import Self
 
 import aiohttp
 from yarl import URL
@@ -130,7 +130,9 @@ class Fetcher:
 
     async def fetch(self, url: str) -> Response | Failure:
         """The answer at `url` after redirects, if it is text or PDF."""
-        return await self._follow(url, _PAGE, _Clock(self._limits.timeouts.total_s))
+        answer = await self._follow(url, _PAGE, _Clock(self._limits.timeouts.total_s))
+        assert not isinstance(answer, Moved)
+        return answer
 
     async def leg(self, start: Moved) -> Response | Moved | Failure:
         """As `fetch`, but a redirect to another domain is not followed: it comes back."""
@@ -139,7 +141,7 @@ class Fetcher:
 
     async def _follow(
         self, url: str | URL, want: _Want, clock: _Clock, *, hops: int = 0, leaves: bool = True
-    ) -> Any:  # Response | Failure, or Moved where it must not leave the domain of `url`
+    ) -> Response | Moved | Failure:
         step: str | URL | Response | Failure = url
         home = None
         for hop in range(hops, self._limits.max_redirects + 1):
@@ -177,6 +179,7 @@ class Fetcher:
 
     async def _robots_txt(self, clock: _Clock, url: URL) -> bytes | Failure:
         answer = await self._follow(url, _ROBOTS, clock)
+        assert not isinstance(answer, Moved)
         return answer if isinstance(answer, Failure) else answer.body
 
     async def _ask(self, url: URL, want: _Want, clock: _Clock, delay_s: float) -> Response | URL | Failure:

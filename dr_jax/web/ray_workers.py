@@ -5,11 +5,12 @@ Every unit of the cluster's resource `web` is one worker; a machine that is to f
     ray start --address=HEAD:6379 --resources='{"web": 1}'
 
 and the hosts that train with `--num-cpus=0` and no such resource. All need the same dr_jax; the address and byte limits
-of a page are enforced where it is fetched. The workers have names, so that all hosts of a run share them.
+of a page are enforced where it is fetched. The workers have names, so that all hosts of a run share them; each host
+counts them when it starts, so the machines come first.
 
 **Limits per site** (turns, delay, `Retry-After`, robots.txt, circuit breaker) live in the worker that a site belongs
 to: the first by rendezvous hashing over the last two labels of its name, so that every host picks the same one. A
-redirect to another domain is handed back and asked of that domain's worker. While a worker is dead its sites belong to
+redirect to another domain is handed back and asked of that domain's worker (that of a robots.txt is not). While a worker is dead its sites belong to
 their second worker, which starts with no memory of them: at that one moment a site can see its next request early.
 
 A page whose worker ended is asked once more, of the second; when that fails too it is our failure (OVERLOADED), not the

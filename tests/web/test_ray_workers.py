@@ -268,6 +268,7 @@ async def test_a_run_has_its_pages_visited_by_the_workers_that_its_config_names(
     run = run_config.resolve(config.to_dict())
     assemble.check(run)
     async with assemble.host(run, tmp_path) as host:
-        assert len(actors()) == 2
+        started = actors()
+        assert len(started) == 2
         assert (await host.browser.browse("http://10.0.0.1/")).kind is FailureKind.BLOCKED
-    assert actors() == []
+    assert psutil.wait_procs(started, timeout=30)[1] == []  # they end with the run
