@@ -154,15 +154,12 @@ async def host(
             max_per_s=web.max_searches_per_s / count or math.inf,
             budget=meter,
         )
+        visits = MeteredVisitor(visitor, meter, max_bytes=settings.limits.max_bytes)
         yield Host(
             chat=Chat.load(model_path(run)),
             preset=preset(run),
             searcher=UnblockedSearcher(CachedSearcher(searcher, cache), settings.policy),
-            browser=CachedBrowser(
-                MeteredVisitor(visitor, meter, max_bytes=settings.limits.max_bytes),
-                cache,
-                max_segment_chars=web.segment_chars,
-            ),
+            browser=CachedBrowser(visits, cache, max_segment_chars=web.segment_chars),
             reader=ExtractiveReader(),
             cache=cache,
             budget=meter,

@@ -10,8 +10,9 @@ counts them when it starts, so the machines come first.
 
 **Limits per site** (turns, delay, `Retry-After`, robots.txt, circuit breaker) live in the worker that a site belongs
 to: the first by rendezvous hashing over the last two labels of its name, so that every host picks the same one. A
-redirect to another domain is handed back and asked of that domain's worker (that of a robots.txt is not). While a worker is dead its sites belong to
-their second worker, which starts with no memory of them: at that one moment a site can see its next request early.
+redirect to another domain is handed back and asked of that domain's worker (that of a robots.txt is not). While a
+worker is dead its sites belong to their second one, which starts with no memory of them: at that one moment a site can
+see its next request early.
 
 A page whose worker ended is asked once more, of the second; when that fails too it is our failure (OVERLOADED), not the
 page's. Ray restarts workers wherever the resource is free. Its nodes trust each other: whoever holds one, holds all.
