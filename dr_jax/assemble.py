@@ -137,8 +137,8 @@ async def host(
             if web.cache_mode != "replay":
                 hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
         settings = visit_settings(web, hosts, count)
-        # Before the cache, so that it closes after it: a page cut short at the end must not be kept as unreadable.
         workers = "" if web.cache_mode == "replay" else web.workers  # a replay asks nobody
+        # Before the cache, so that it closes after it: a page cut short at the end must not be kept as unreadable.
         visitor = await stack.enter_async_context(ray_workers.open_visits(workers, settings))
         cache = await stack.enter_async_context(open_cache(web, workdir))
         # An engine of the user's own may be at a private address; only this session may go there, never the fetcher.

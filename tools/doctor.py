@@ -300,11 +300,7 @@ def egress(run: RunConfig, values: FlagValues) -> list[Finding]:
         return _egress(Finding("egress", "-", "no endpoint to ask"))
     host, own = urllib.parse.urlsplit(endpoint).hostname, assemble.own_engine(web)  # what follows it may hold a token
     answer = asyncio.run(ask(endpoint, own, web.contact))
-    named = (
-        Finding("dns", "-", f"{host} has its address from the config")
-        if own
-        else Finding("dns", "ok", f"{host} has one")
-    )
+    named = Finding("dns", *(("-", f"the config says where {host} is") if own else ("ok", f"{host} is known")))
     if not isinstance(answer, Failure):
         return _egress(Finding("egress", "ok", f"{host} answers (HTTP {answer[0]})"), named, clock(answer[1]))
     why = REMEDIES.get(answer.kind, f"no HTTP as it should be ({answer.detail})")
