@@ -208,6 +208,6 @@ async def test_a_host_says_how_it_is(run, tmp_path):
     async with assemble.host(run, tmp_path) as host:
         figures = host.health()
     assert set(figures) == {
-        "memory/resident_bytes", "memory/admission_stopped_s", "loop/stops", "loop/longest_stop_s",
+        "memory/resident_bytes", "memory/held_back_s", "loop/stops", "loop/longest_stop_s",
     }  # fmt: skip
     assert figures["memory/resident_bytes"] > 0

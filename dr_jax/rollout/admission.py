@@ -52,28 +52,32 @@ class Admission:
             raise ConfigError(f"admission: {max_bytes} bytes leave no room; give more than 0")
         self._max_bytes, self._patience_s, self._held, self._look_s = max_bytes, patience_s, held, look_s
         self._door = asyncio.Lock()  # one by one: each looks at the memory that those before it left
-        self._stopped, self._since_s, self._stopped_s = False, 0.0, 0.0
+        self._stopped, self._held_back_s = False, 0.0
 
     async def wait(self) -> None:
         """Returns when one more episode may start."""
         async with self._door:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._patience_s):
-                    while self._full():  # noqa: ASYNC110  (memory tells nobody)
-                        await asyncio.sleep(self._look_s)
+            if not self._full():
+                return
+            since_s = time.monotonic()
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._patience_s):
+                        while self._full():  # noqa: ASYNC110  (memory tells nobody)
+                            await asyncio.sleep(self._look_s)
+            finally:
+                self._held_back_s += time.monotonic() - since_s
 
     def metrics(self) -> dict[str, float]:
-        """Live figures, by the names under which they are logged."""
-        stopped_s = self._stopped_s + (time.monotonic() - self._since_s if self._stopped else 0.0)
-        return {"memory/resident_bytes": float(self._held()), "memory/admission_stopped_s": stopped_s}
+        """Memory now, and the seconds in which an episode was held back, by the names under which they are logged."""
+        return {"memory/resident_bytes": float(self._held()), "memory/held_back_s": self._held_back_s}
 
     def _full(self) -> bool:
         held = self._held()
-        if self._stopped and held < _RESUME * self._max_bytes:
-            self._stopped = False
-            self._stopped_s += time.monotonic() - self._since_s
-        elif not self._stopped and held >= self._max_bytes:
-            self._stopped, self._since_s = True, time.monotonic()
+        if self._stopped:
+            self._stopped = held >= _RESUME * self._max_bytes
+        elif held >= self._max_bytes:
+            self._stopped = True
             _log.warning(
                 "memory: %.1f of %.1f GB are held; no episode starts until less is", held / 1e9, self._max_bytes / 1e9
             )
