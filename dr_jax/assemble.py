@@ -169,7 +169,7 @@ async def host(
 
 
 def visit_settings(web: Web, hosts: Mapping[str, tuple[str, int]], count: int) -> Settings:
-    """How pages are fetched by one of `count` hosts: a site sees no more of all of them than it would of one.
+    """How pages are fetched by one of `count` hosts: all of them ask a site no more often than one would.
 
     Ray workers are shared by the hosts, and keep the limits of a site in one place."""
     pipelines = 1 if web.workers else count

@@ -181,7 +181,7 @@ def test_hosts_share_what_the_run_may_spend(run):
     assert sum(meter.take("serper") is None for meter in meters for _ in range(9)) == 6
 
 
-def test_a_site_sees_no_more_of_four_hosts_than_of_one(run):
+def test_four_hosts_ask_a_site_no_more_often_than_one(run):
     web = dataclasses.replace(run.web, provider="searxng")
     alone, shared = (assemble.visit_settings(web, {}, count) for count in (1, 4))
     assert (alone.limits.max_per_site, alone.manners.pipelines) == (4, 1)
