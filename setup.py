@@ -38,6 +38,7 @@ setup(
         "tpu": ["jax[tpu]"],  # libtpu: the runtime, and the compiler that tools/plan.py asks
         "pdf": ["pypdfium2>=5"],
         "redis": ["redis>=6"],  # a web cache that several hosts share
+        "ray": ["ray>=2.40"],  # pages fetched and parsed on machines of their own
         # torch is the other side of the parity tests; nothing in the package imports it.
         "test": [
             "pytest>=8",

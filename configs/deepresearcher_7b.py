@@ -31,9 +31,11 @@ def get_config() -> ConfigDict:
     config.web.wire = ConfigDict()  # for provider 'json', any other API
     config.web.region, config.web.language = "us", "en"
     config.web.max_concurrent_searches = 64  # Serper's packages allow 50 to 300 queries a second
+    config.web.max_searches_per_s = 0.0  # as fast as the provider allows; a plan may state a rate
     config.web.cache = ""  # a file in the workdir; 'redis://host:6379/0' where several hosts share it
     config.web.cache_mode = "live"
     config.web.cache_ttl_s = 7 * 24 * 3600.0  # the reference's 7 days
+    config.web.workers = ""  # this host's own processes; 'host:6379' = machines of a Ray cluster
     config.web.contact = ""  # yours: site owners must be able to reach whoever fetches
     config.web.robots = True
     config.web.min_delay_s = 1.0  # what many a robots.txt asks for
@@ -57,6 +59,9 @@ def get_config() -> ConfigDict:
     config.budget.max_usd = 500.0  # stops the run there; the start prints what it can cost at most
     config.budget.max_calls = 0
     config.budget.max_bytes = 0
+    config.budget.max_step_usd = 0.0  # the same for one step
+    config.budget.max_step_calls = 0
+    config.budget.max_step_bytes = 0
     # {"serper": 0.0003} for its largest package; an endpoint that reads needs "reader_input" and "reader_output", US
     # dollars per million tokens
     config.budget.prices = ConfigDict()
@@ -72,6 +77,7 @@ def get_config() -> ConfigDict:
     config.rollout.questions = 256
     config.rollout.rollouts = 16
     config.rollout.max_in_flight = 1024  # several times the slots: a rollout that waits for the web holds none
+    config.rollout.max_memory_fraction = 0.8  # of the host's; above it no episode starts
     config.rollout.max_infra_fraction = 0.2
 
     config.engine = ConfigDict()

@@ -27,9 +27,11 @@ def get_config() -> ConfigDict:
     config.web.wire = ConfigDict()  # for provider 'json', any other API
     config.web.region, config.web.language = "us", "en"
     config.web.max_concurrent_searches = 64
+    config.web.max_searches_per_s = 0.0  # as fast as the provider allows; a plan may state a rate
     config.web.cache = ""  # a file in the workdir; 'redis://host:6379/0' where several hosts share it
     config.web.cache_mode = "record"
     config.web.cache_ttl_s = 7 * 24 * 3600.0  # the reference's 7 days
+    config.web.workers = ""  # this host's own processes; 'host:6379' = machines of a Ray cluster
     config.web.contact = "https://example.com/contact"
     config.web.robots = True
     config.web.min_delay_s = 1.0  # other people's sites; the embedded one is our own, and exempt
@@ -53,6 +55,9 @@ def get_config() -> ConfigDict:
     config.budget.max_usd = 0.0  # no limit: the embedded engine is free
     config.budget.max_calls = 0
     config.budget.max_bytes = 0
+    config.budget.max_step_usd = 0.0  # the same for one step
+    config.budget.max_step_calls = 0
+    config.budget.max_step_bytes = 0
     config.budget.prices = ConfigDict()
 
     config.agent = ConfigDict()
@@ -66,6 +71,7 @@ def get_config() -> ConfigDict:
     config.rollout.questions = 16
     config.rollout.rollouts = 8
     config.rollout.max_in_flight = 128  # all of them: each keeps a slot of its own
+    config.rollout.max_memory_fraction = 0.8  # of the host's; above it no episode starts
     config.rollout.max_infra_fraction = 0.2
 
     config.engine = ConfigDict()

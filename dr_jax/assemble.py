@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 from collections.abc import AsyncIterator, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dr_jax import reading
+from dr_jax import reading, searching
 from dr_jax.agent.chat import Chat
 from dr_jax.agent.episode import EpisodeContext
 from dr_jax.agent.presets import PRESETS, Preset
@@ -32,23 +31,21 @@ from dr_jax.model import hf, letters
 from dr_jax.model.config import ModelConfig, published
 from dr_jax.model.qwen2 import REMAT
 from dr_jax.records import Question, Sampling
-from dr_jax.run_config import RunConfig, Web
+from dr_jax.rollout.admission import Admission, memory_bytes
+from dr_jax.rollout.watchdog import Watchdog
+from dr_jax.run_config import WORLD, RunConfig, Web
 from dr_jax.task import questions as question_files
-from dr_jax.web import store
-from dr_jax.web.budget import NOTHING_SPENT, Budget, MeteredFetcher, Spent, estimate_usd
+from dr_jax.web import ray_workers, store
+from dr_jax.web.budget import NOTHING_SPENT, Allowance, Budget, Spent, estimate_usd
 from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher
-from dr_jax.web.fetch import Fetcher, Limits
+from dr_jax.web.fetch import Limits
 from dr_jax.web.guard import AddressPolicy
-from dr_jax.web.http import open_session, own_host
 from dr_jax.web.politeness import Manners
-from dr_jax.web.search import SearchClient, UnblockedSearcher, find_provider
-from dr_jax.web.search_wire import Provider
-from dr_jax.web.workers import ParserPool
+from dr_jax.web.search import UnblockedSearcher
+from dr_jax.web.visit import MeteredVisitor, Settings
 from dr_jax.world import lore, site
 from dr_jax.world import questions as world_questions
 
-WORLD = "world"  # in a config: the embedded web, its questions, and the tiny checkpoint that goes with it
-WORLD_PROVIDER = "serper"  # whose JSON the embedded search engine speaks
 WORLD_SEED = 0  # the checkpoint was pretrained in this world
 WORLD_HOPS = {1: 0.4, 2: 0.4, 3: 0.14, 4: 0.06}  # share of questions by number of hops: a chain takes up to 9 turns
 SERVER_KEY_VARIABLE = "DR_JAX_API_KEY"  # holds the key of an endpoint, for whoever serves and whoever asks
@@ -60,8 +57,12 @@ def check(run: RunConfig) -> None:
     preset(run)
     model_path(run)
     reading.check(run, preset(run), budget(run))
-    api_key(run.web)
+    searching.api_key(run.web)
     store.check(run.web.cache)
+    if run.web.workers:
+        if run.web.provider == WORLD:
+            raise ConfigError("config.web.workers: the embedded web is served on this host alone; set workers to ''")
+        ray_workers.check(run.web.workers)
     if run.model.remat not in REMAT:
         raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
     if run.model.attention not in ATTENTION:
@@ -81,6 +82,12 @@ class Host:
     reader: Reader | None  # None = the policy reads
     cache: Cache
     budget: Budget
+    admission: Admission
+    watchdog: Watchdog
+
+    def health(self) -> dict[str, float]:
+        """Live figures of this process, by the names under which they are logged."""
+        return self.admission.metrics() | self.watchdog.metrics()
 
     def context(
         self, run: RunConfig, sampler: Sampler, *, seed: int, today: str, temperature: float | None = None
@@ -110,76 +117,73 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def host(run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPENT) -> AsyncIterator[Host]:
+async def host(
+    run: RunConfig, workdir: pathlib.Path, spent: Spent = NOTHING_SPENT, *, index: int = 0, count: int = 1
+) -> AsyncIterator[Host]:
     """Opens the web (or the embedded one), its cache in the workdir, and the tokenizer; closes all of it at the end.
 
-    `spent`: by the run before it was resumed."""
-    meter = budget(run, spent)
+    `spent`: by the run before it was resumed. This is host `index` of `count`, each of which has a pipeline of its own
+    and its share of what the provider, the sites and the budget allow to all of them."""
+    meter = budget(run, spent, index=index, count=count)
     async with contextlib.AsyncExitStack() as stack:
         web = run.web
         hosts: Mapping[str, tuple[str, int]] = {}
-        endpoint = web.endpoint
-        if web.provider == WORLD:
-            endpoint = f"http://{site.SEARCH_HOST}/search"
-            if web.cache_mode != "replay":
-                hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
+        if web.provider == WORLD and web.cache_mode != "replay":
+            hosts = (await stack.enter_async_context(site.serve(embedded_world()))).hosts
+        settings = visit_settings(web, hosts, count)
+        workers = "" if web.cache_mode == "replay" else web.workers  # a replay asks nobody
         # Before the cache, so that it closes after it: a page cut short at the end must not be kept as unreadable.
-        parsers = await stack.enter_async_context(ParserPool())
+        visitor = await stack.enter_async_context(ray_workers.open_visits(workers, settings))
         cache = await stack.enter_async_context(open_cache(web, workdir))
-        # An engine of the user's own may be at a private address; only this session may go there, never the fetcher.
-        session = await stack.enter_async_context(open_session(hosts={**hosts, **own_engine(web)}, contact=web.contact))
-        searcher = SearchClient(
-            session,
-            search_provider(web),
-            api_key=api_key(web),
-            endpoint=endpoint,
-            region=web.region,
-            language=web.language,
-            max_concurrent=web.max_concurrent_searches,
-            budget=meter,
-        )
-        # The one site of the embedded web is ours: politeness limits are for other people's.
-        limits = Limits(max_per_site=Limits.max_concurrent) if web.provider == WORLD else Limits()
-        policy = AddressPolicy(blocked_domains=frozenset(web.blocked_domains))
-        manners = Manners(robots=web.robots, min_delay_s=web.min_delay_s)
-        fetcher = await stack.enter_async_context(
-            Fetcher(policy, hosts, limits=limits, manners=manners, contact=web.contact)
-        )
+        client = await searching.open_client(web, hosts, meter, stack, index=index, count=count)
+        visits = MeteredVisitor(visitor, meter, max_bytes=settings.limits.max_bytes)
         yield Host(
             chat=Chat.load(model_path(run)),
             preset=preset(run),
-            searcher=UnblockedSearcher(CachedSearcher(searcher, cache), policy),
-            browser=CachedBrowser(
-                MeteredFetcher(fetcher, meter, max_bytes=limits.max_bytes),
-                cache,
-                extract=parsers.extract,
-                max_segment_chars=web.segment_chars,
-            ),
+            searcher=UnblockedSearcher(CachedSearcher(client, cache), settings.policy),
+            browser=CachedBrowser(visits, cache, max_segment_chars=web.segment_chars),
             reader=await reading.open_reader(run, preset(run), cache, meter, stack),
             cache=cache,
             budget=meter,
+            admission=Admission(run.rollout.max_memory_fraction * memory_bytes()),
+            watchdog=await stack.enter_async_context(Watchdog()),
         )
 
 
-def budget(run: RunConfig, spent: Spent = NOTHING_SPENT) -> Budget:
-    """What the run may still spend."""
-    limits = run.budget
-    prices = {**limits.prices, WORLD_PROVIDER: 0.0} if run.web.provider == WORLD else limits.prices
-    meter = Budget(
-        max_usd=limits.max_usd or math.inf,
-        max_calls=limits.max_calls or math.inf,
-        max_bytes=limits.max_bytes or math.inf,
-        prices=prices,
-        spent=spent,
+def visit_settings(web: Web, hosts: Mapping[str, tuple[str, int]], count: int) -> Settings:
+    """How pages are fetched by one of `count` hosts: all of them ask a site no more often than one would.
+
+    Ray workers are shared by the hosts, and keep the limits of a site in one place."""
+    pipelines = 1 if web.workers else count
+    # The one site of the embedded web is ours: politeness limits are for other people's.
+    at_once = Limits.max_concurrent if web.provider == WORLD else max(1, Limits.max_per_site // pipelines)
+    return Settings(
+        policy=AddressPolicy(blocked_domains=frozenset(web.blocked_domains)),
+        hosts=hosts,
+        limits=Limits(max_per_site=at_once),
+        manners=Manners(robots=web.robots, min_delay_s=web.min_delay_s, pipelines=pipelines),
+        contact=web.contact,
     )
-    meter.price_usd(search_provider(run.web).name)  # a provider without a price is a mistake to hear of now
+
+
+def budget(run: RunConfig, spent: Spent = NOTHING_SPENT, *, index: int = 0, count: int = 1) -> Budget:
+    """What host `index` of `count` may still spend; `spent` by all of them before the run was resumed."""
+    most = run.budget
+    prices = {**most.prices, searching.WORLD_PROVIDER: 0.0} if run.web.provider == WORLD else most.prices
+    meter = Budget(
+        Allowance.or_none(most.max_usd, most.max_calls, most.max_bytes).of_host(index, count),
+        Allowance.or_none(most.max_step_usd, most.max_step_calls, most.max_step_bytes).of_host(index, count),
+        prices=prices,
+        spent=spent.of_host(index, count),
+    )
+    meter.price_usd(searching.provider(run.web).name)  # a provider without a price is a mistake to hear of now
     return meter
 
 
 def cost_usd(run: RunConfig, steps: int) -> float:
     """What `steps` steps cost at most: every turn of every episode the dearest call there is, none in the cache."""
     limits, price_usd = preset(run), budget(run).price_usd
-    search_usd = limits.max_queries * price_usd(search_provider(run.web).name)
+    search_usd = limits.max_queries * price_usd(searching.provider(run.web).name)
     return estimate_usd(
         max(search_usd, limits.max_urls * reading.page_usd(run, limits, price_usd)),
         questions=run.rollout.questions,
@@ -187,12 +191,6 @@ def cost_usd(run: RunConfig, steps: int) -> float:
         calls=limits.max_turns - 1,
         steps=steps,
     )
-
-
-def search_provider(web: Web) -> Provider:
-    """The wire of the search API that the run asks; ConfigError where there is none of this name."""
-    wire = {"endpoint": web.endpoint, **web.wire} if web.provider == "json" else {}
-    return find_provider(WORLD_PROVIDER if web.provider == WORLD else web.provider, wire)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,30 +356,10 @@ def _questions(source: str, count: int) -> tuple[Question, ...]:
     return question_files.load(source)
 
 
-def own_engine(web: Web) -> dict[str, tuple[str, int]]:
-    """The endpoint's name and the (ip, port) to dial for it, where the run names one."""
-    return own_host("config.web.endpoint_address", web.endpoint, web.endpoint_address)
-
-
 def open_cache(web: Web, workdir: pathlib.Path) -> Cache:
     """The run's own file, or the server that its hosts share."""
     where = web.cache or workdir / "web.sqlite"
     return Cache(where, web.cache_mode, web.cache_ttl_s, password=os.environ.get("REDIS_PASSWORD", ""))
-
-
-def api_key(web: Web) -> str:
-    """What the provider is to be given; ConfigError where the run needs a key and the environment holds none."""
-    if web.provider == WORLD:
-        return "embedded"  # the embedded engine takes any
-    if not search_provider(web).key_header:
-        return ""
-    key = os.environ.get(web.key_variable, "")
-    if not key and web.cache_mode != "replay":
-        raise ConfigError(
-            f"config.web.provider: {web.provider} needs a key; export {web.key_variable}=..., or set "
-            "config.web.provider='world' to try everything without one"
-        )
-    return key or "replay"
 
 
 def _axes(pair: Any, letter: str) -> tuple[Any, Any]:

@@ -46,6 +46,7 @@ async def heldout(
         rollouts=1,
         run_episode=lambda question, rollout: episode.run(question, rollout, context),
         max_in_flight=run.rollout.max_in_flight,
+        admit=host.admission.wait,
         on_episode=on_episode,
     )
     return tuple(group.episodes[0] for group in groups)

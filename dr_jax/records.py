@@ -64,7 +64,7 @@ class FailureKind(enum.StrEnum):
     CONNECTION = "connection"
     TIMEOUT = "timeout"
     NOT_RECORDED = "not_recorded"  # replay mode was asked for something the tape does not hold
-    OVERLOADED = "overloaded"  # our own machine had no process, memory or file left for it
+    OVERLOADED = "overloaded"  # our own machines had no process, memory or file left for it, or failed
     # The request or the page is at fault: the world's honest answer.
     BAD_REQUEST = "bad_request"
     BAD_URL = "bad_url"

@@ -17,6 +17,8 @@ from typing import Any
 from dr_jax import chips
 from dr_jax.errors import ConfigError
 
+WORLD = "world"  # in a config: the embedded web, its questions, and the tiny checkpoint that goes with it
+
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
@@ -34,10 +36,12 @@ class Web:
     wire: Mapping[str, Any]  # of provider 'json', any other API: the arguments of web.search_wire.json_provider
     region: str  # whose results are wanted: an ISO 3166 country such as 'us'; not every provider can be told
     language: str  # ISO 639, such as 'en'
-    max_concurrent_searches: int
+    max_concurrent_searches: int  # all hosts together, as is the rate
+    max_searches_per_s: float  # that are started; 0 = no limit but what the provider says
     cache: str  # '' = web.sqlite in the workdir; 'redis://host:port/0' where hosts share it (password: REDIS_PASSWORD)
     cache_mode: str  # live | record | replay
     cache_ttl_s: float
+    workers: str  # '' = pages are fetched and parsed on this host; 'host:6379' = on the nodes of that Ray cluster
     contact: str  # e-mail or URL a web master can reach you at; sent in the user agent
     robots: bool  # obey robots.txt
     min_delay_s: float  # between the starts of two requests to one site
@@ -64,9 +68,12 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    max_usd: float  # at list price, by the whole run; 0 = no limit, as below
+    max_usd: float  # at list price, by the whole run on all hosts; 0 = no limit, as below
     max_calls: int  # searches, pages and readings by an endpoint that the cache does not answer
     max_bytes: int  # of answers, decoded
+    max_step_usd: float  # the same for one step, the evaluation after it included
+    max_step_calls: int
+    max_step_bytes: int
     prices: Mapping[str, float]  # US dollars by service, over web.budget.PRICES; 'reader_input': a million tokens
 
 
@@ -84,6 +91,7 @@ class Rollout:
     questions: int  # questions per step
     rollouts: int  # rollouts of each question
     max_in_flight: int  # episodes running at once
+    max_memory_fraction: float  # of the host's memory; while this process holds more, no episode starts
     max_infra_fraction: float  # above it a step is not trained on and the run halts
 
 
@@ -185,12 +193,13 @@ _POSITIVE = (
     "batch.row_tokens", "batch.micro_rows", "optim.lr", "optim.grad_clip", "checkpoint.every_steps", "checkpoint.keep",
     "eval.questions", "export.max_shard_gb", "agent.deadline_s", "agent.top_p", "web.segment_chars",
     "web.max_concurrent_searches", "web.cache_ttl_s", "reading.max_segments", "reading.patience", "reading.max_tokens",
-    "reading.max_concurrent",
+    "reading.max_concurrent", "rollout.max_memory_fraction",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "agent.temperature", "agent.top_k", "rollout.max_infra_fraction", "grpo.clip_low", "grpo.clip_high",
     "grpo.kl_coef", "grpo.entropy_coef", "optim.warmup_steps", "optim.weight_decay", "eval.every_steps",
     "questions.world_count", "web.min_delay_s", "budget.max_usd", "budget.max_calls", "budget.max_bytes",
+    "budget.max_step_usd", "budget.max_step_calls", "budget.max_step_bytes", "web.max_searches_per_s",
 )  # fmt: skip
 _CHOICES = {
     "web.cache_mode": ("live", "record", "replay"),

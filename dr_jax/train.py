@@ -117,7 +117,7 @@ class Trainer:
             due = run.eval.every_steps and standing.step % run.eval.every_steps == 0
             if due or standing.step == run.steps:
                 values |= await self.evaluate(host, engine, lines)
-            self.log.write(standing.step, values | host.budget.metrics())  # evaluations are paid too
+            self.log.write(standing.step, values | host.budget.metrics() | host.health())  # evaluations are paid too
             if standing.step % run.checkpoint.every_steps == 0 or standing.step in (until, run.steps):
                 await asyncio.to_thread(self.checkpoints.save, standing.step, standing.state, standing.meta(run))
 
@@ -165,6 +165,7 @@ class Trainer:
                 rollouts=run.rollout.rollouts,
                 run_episode=lambda question, rollout: episode.run(question, rollout, context),
                 max_in_flight=run.rollout.max_in_flight,
+                admit=host.admission.wait,
                 on_episode=lambda episode: bar.update(1),
             )
 
@@ -210,7 +211,7 @@ class Trainer:
         values = {f"eval/{name}": value for name, value in evaluate.scores(episodes).items()}
         lines.note(f"held-out F1 {values['eval/f1']:.3f} over {len(episodes)} questions (step {self.standing.step})")
         if self.standing.step == 0:
-            self.log.write(0, values | host.budget.metrics())
+            self.log.write(0, values | host.budget.metrics() | host.health())
         return values
 
     def finish(self) -> dict[str, Any]:

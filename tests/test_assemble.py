@@ -19,6 +19,7 @@ from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind, StopReason
 from dr_jax.run_config import RunConfig, resolve
 from dr_jax.testing import ScriptedSampler
+from dr_jax.web.budget import Spent
 from dr_jax.world import demonstrations
 from dr_jax.world import questions as world_questions
 
@@ -166,3 +167,47 @@ def test_a_provider_without_its_key_says_which_variable_to_set(run, tmp_path, mo
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="export SERPER_API_KEY"):
         assemble.check(changed(run, "web", provider="serper"))
+
+
+def test_hosts_share_what_the_run_may_spend(run):
+    limited = changed(run, "budget", max_calls=10, max_usd=0.5, max_step_calls=3)
+    meters = [assemble.budget(limited, Spent(calls=4), index=index, count=4) for index in range(4)]
+    for meter in meters:
+        meter.begin_step()
+    assert [sum(meter.take("serper") is None for _ in range(9)) for meter in meters] == [1, 1, 1, 0]  # of the step
+    meters = [
+        assemble.budget(changed(limited, "budget", max_step_calls=0), Spent(4), index=i, count=4) for i in range(4)
+    ]
+    assert sum(meter.take("serper") is None for meter in meters for _ in range(9)) == 6
+
+
+def test_four_hosts_ask_a_site_no_more_often_than_one(run):
+    web = dataclasses.replace(run.web, provider="searxng")
+    alone, shared = (assemble.visit_settings(web, {}, count) for count in (1, 4))
+    assert (alone.limits.max_per_site, alone.manners.pipelines) == (4, 1)
+    assert (shared.limits.max_per_site, shared.manners.pipelines) == (1, 4)
+    # Ray workers are asked by all hosts, and hold the limits of a site in one place.
+    assert assemble.visit_settings(dataclasses.replace(web, workers="head:6379"), {}, 4) == alone
+
+
+async def test_more_hosts_than_searches_at_once_is_a_mistake(run, tmp_path):
+    few = changed(run, "web", max_concurrent_searches=2)
+    with pytest.raises(ConfigError, match="let none start"):
+        async with assemble.host(few, tmp_path, index=2, count=3):
+            pass
+
+
+def test_workers_elsewhere_are_checked_before_the_start(run):
+    with pytest.raises(ConfigError, match=r"web\.workers: got 'auto'"):
+        assemble.check(changed(run, "web", workers="auto", provider="searxng", endpoint="https://searx.example/search"))
+    with pytest.raises(ConfigError, match=r"web\.workers: .*this host alone"):
+        assemble.check(changed(run, "web", workers="head:6379"))
+
+
+async def test_a_host_says_how_it_is(run, tmp_path):
+    async with assemble.host(run, tmp_path) as host:
+        figures = host.health()
+    assert set(figures) == {
+        "memory/resident_bytes", "memory/held_back_s", "loop/stops", "loop/longest_stop_s",
+    }  # fmt: skip
+    assert figures["memory/resident_bytes"] > 0

@@ -90,6 +90,9 @@ def test_single_importers():
         assert "transformers" not in packages(path, top_only=True), where
         if "redis" in packages(path):
             assert where == "web/store.py"
+        if "ray" in packages(path):
+            assert where == "web/ray_workers.py"
+        assert "ray" not in packages(path, top_only=True), where
         if {"absl", "ml_collections"} & packages(path):
             assert where in ("entry.py", "train.py", "evaluate.py", "ask.py", "serve.py")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import concurrent.futures
+import contextlib
 import datetime
 import email.utils
 import importlib.metadata
@@ -56,6 +57,10 @@ class Finding(NamedTuple):
     text: str
 
 
+def judged(name: str, holds: bool, told: str, remedy: str) -> Finding:
+    return Finding(name, "ok", told) if holds else Finding(name, "mend", f"{told}: {remedy}")
+
+
 def versions() -> list[Finding]:
     """Python and the installed packages against setup.py."""
     try:
@@ -73,10 +78,8 @@ def versions() -> list[Finding]:
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement} is needed, {version} is there")
     python_wanted, count = wants["python_requires"], len(wants["install_requires"])
-    if SpecifierSet(python_wanted).contains(python, prereleases=True):
-        found = [Finding("python", "ok", python)]
-    else:
-        found = [Finding("python", "mend", f"{python} is there, {python_wanted} is needed")]
+    fits = SpecifierSet(python_wanted).contains(python, prereleases=True)
+    found = [judged("python", fits, python, f"{python_wanted} is needed")]
     if wrong:
         return [*found, Finding("packages", "mend", f"{'; '.join(wrong)}: {INSTALL}")]
     return [*found, Finding("packages", "ok", f"{count} as in setup.py")]
@@ -173,33 +176,29 @@ def workdir(run: RunConfig, values: FlagValues) -> list[Finding]:
     export_bytes = {"float32": 4, "bfloat16": 2}[run.export.dtype]
     wanted = parameters * (_STATE_BYTES * (run.checkpoint.keep + 1) + export_bytes)
     told = f"{_size(free)} free in {place}; {run.checkpoint.keep + 1} checkpoints and the export take {_size(wanted)}"
-    if free >= wanted:
-        return [Finding("workdir", "ok", told)]
-    return [Finding("workdir", "mend", f"{told}: choose a larger disk or lower config.checkpoint.keep")]
+    return [judged("workdir", free >= wanted, told, "choose a larger disk or lower config.checkpoint.keep")]
 
 
 def memory(run: RunConfig, values: FlagValues) -> list[Finding]:
     """Room for this process and for the state on its way into a checkpoint."""
     free, parameters = _free_memory_bytes(), _parameters(run)
-    if free is None:
-        return [Finding("memory", "-", "this system has no /proc/meminfo")]
-    if parameters is None:
-        return [Finding("memory", "-", f"{_size(free)} free; what is needed depends on the model")]
+    if free is None or parameters is None:
+        why = "this system has no /proc/meminfo" if free is None else f"{_size(free)} free; how large is the model?"
+        return [Finding("memory", "-", why)]
     wanted = _MEMORY_BYTES + _STATE_BYTES * parameters
     told = f"{_size(free)} free; a run that writes a checkpoint takes {_size(wanted)} or more"
-    verdict, remedy = ("ok", "") if free >= wanted else ("mend", ": use a larger host")
-    return [Finding("memory", verdict, told + remedy)]
+    return [judged("memory", free >= wanted, told, "use a larger host")]
 
 
 def _free_memory_bytes() -> int | None:
+    from dr_jax.rollout.admission import memory_bytes
+
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    limit = pathlib.Path("/sys/fs/cgroup/memory.max")  # of a container
-    said = limit.read_text().strip() if limit.exists() else "max"
-    return free if said == "max" else min(free, int(said))
+    return min(free, memory_bytes())
 
 
 def files(run: RunConfig, values: FlagValues) -> list[Finding]:
@@ -215,9 +214,9 @@ def files(run: RunConfig, values: FlagValues) -> list[Finding]:
     wanted = ends * (pages + searches) + _OTHER_FILES
     allowed = math.inf if limit == resource.RLIM_INFINITY else limit
     told = f"{allowed:,} may be open; {pages} pages and {searches} searches at once need {wanted:,}"
-    if allowed >= wanted:
-        return [Finding("files", "ok", told)]
-    return [Finding("files", "mend", f"{told}: run `ulimit -n {wanted}`, or lower config.rollout.max_in_flight")]
+    return [
+        judged("files", allowed >= wanted, told, f"run `ulimit -n {wanted}`, or lower config.rollout.max_in_flight")
+    ]
 
 
 def _size(count: float) -> str:
@@ -265,33 +264,30 @@ REMEDIES = {
 
 def provider(run: RunConfig, values: FlagValues) -> list[Finding]:
     """The client can be opened with the key of the environment, which is not shown and not sent."""
-    from dr_jax import assemble
-    from dr_jax.web.http import open_session
-    from dr_jax.web.search import SearchClient
+    from dr_jax import assemble, searching
 
-    web = run.web
     if not _asks_somebody(run):
         return [Finding("provider", "ok", f"{_alone(run)} needs no key")]
 
     async def open_client() -> None:
-        async with open_session(hosts=assemble.own_engine(web)) as session:
-            SearchClient(session, assemble.search_provider(web), api_key=assemble.api_key(web), endpoint=web.endpoint)
+        async with contextlib.AsyncExitStack() as stack:
+            await searching.open_client(run.web, {}, assemble.budget(run), stack, index=0, count=1)
 
     asyncio.run(open_client())
-    key = f"{web.key_variable} is set; it was not tried, as a search costs"
-    return [Finding("provider", "ok", f"{web.provider}: {key if assemble.api_key(web) else 'asks for no key'}")]
+    key = f"{run.web.key_variable} is set; it was not tried, as a search costs"
+    told = key if searching.api_key(run.web) else "asks for no key"
+    return [Finding("provider", "ok", f"{run.web.provider}: {told}")]
 
 
 def egress(run: RunConfig, values: FlagValues) -> list[Finding]:
-    """Whether the provider's server answers at all, and how far its clock is from ours."""
-    from dr_jax import assemble
+    """Whether the provider's name is known, its server answers at all, and how far its clock is from ours."""
+    from dr_jax import searching
 
-    if not _asks_somebody(run):
-        return [Finding("egress", "ok", f"{_alone(run)} needs no network"), Finding("clock", "-", "nobody was asked")]
-    endpoint = run.web.endpoint or assemble.search_provider(run.web).endpoint
-    if not endpoint:
-        return [Finding("egress", "-", "no endpoint to ask"), Finding("clock", "-", "nobody was asked")]
-    return reach("egress", endpoint, assemble.own_engine(run.web), run.web.contact)
+    endpoint = run.web.endpoint or searching.provider(run.web).endpoint
+    if not _asks_somebody(run) or not endpoint:
+        told = ("-", "no endpoint to ask") if _asks_somebody(run) else ("ok", f"{_alone(run)} needs no network")
+        return [Finding("egress", *told), *(Finding(name, "-", "nobody was asked") for name in ("dns", "clock"))]
+    return reach("egress", endpoint, searching.own_endpoint(run.web), run.web.contact)
 
 
 def reader(run: RunConfig, values: FlagValues) -> list[Finding]:
@@ -304,15 +300,21 @@ def reader(run: RunConfig, values: FlagValues) -> list[Finding]:
 
 
 def reach(name: str, endpoint: str, hosts: Hosts, contact: str) -> list[Finding]:
-    """The line called `name`, and that of the clock there."""
+    """The line called `name`, and those of the server's name and clock."""
     from dr_jax.records import Failure
 
     host = urllib.parse.urlsplit(endpoint).hostname  # what follows it may hold a token
     answer = asyncio.run(ask(endpoint, hosts, contact))
-    if isinstance(answer, Failure):
-        why = REMEDIES.get(answer.kind, f"no HTTP as it should be ({answer.detail})")
-        return [Finding(name, "mend", f"{host}: {answer.kind}: {why}"), Finding("clock", "-", "nobody answered")]
-    return [Finding(name, "ok", f"{host} answers (HTTP {answer[0]})"), clock(answer[1])]
+    named = (
+        Finding("dns", "-", f"the config says where {host} is") if hosts else Finding("dns", "ok", f"{host} is known")
+    )
+    if not isinstance(answer, Failure):
+        return [Finding(name, "ok", f"{host} answers (HTTP {answer[0]})"), named, clock(answer[1])]
+    why = REMEDIES.get(answer.kind, f"no HTTP as it should be ({answer.detail})")
+    if answer.kind in ("dns", "no_such_host"):
+        named = Finding("dns", "mend", f"{host}: {answer.kind}")
+    silent = Finding("clock", "-", "nobody answered")
+    return [Finding(name, "mend", f"{host}: {answer.kind}: {why}"), named, silent]
 
 
 async def ask(url: str, hosts: Hosts, contact: str) -> tuple[int, str] | Failure:
@@ -336,9 +338,7 @@ def clock(date: str) -> Finding:
         return Finding("clock", "-", "the answer has no date")
     ahead_s = datetime.datetime.now(datetime.UTC).timestamp() - theirs
     told = f"{abs(ahead_s):,.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the provider's"
-    if abs(ahead_s) <= _CLOCK_S:
-        return Finding("clock", "ok", told)
-    return Finding("clock", "mend", f"{told}: set it, for example `timedatectl set-ntp true`")
+    return judged("clock", abs(ahead_s) <= _CLOCK_S, told, "set it, for example `timedatectl set-ntp true`")
 
 
 def page(run: RunConfig, values: FlagValues) -> list[Finding]:

@@ -23,18 +23,24 @@ class Group:
     episodes: tuple[Episode, ...]
 
 
+async def _at_once() -> None:
+    """Admission without conditions."""
+
+
 async def run_groups(
     questions: Sequence[Question],
     *,
     rollouts: int,
     run_episode: RunEpisode,
     max_in_flight: int,
+    admit: Callable[[], Awaitable[None]] = _at_once,
     on_episode: Callable[[Episode], None] = lambda episode: None,
 ) -> tuple[Group, ...]:
     """The groups of `questions`, in their order, whatever the order in which episodes finish.
 
     Episodes start question by question, so that siblings share the sampler's prompt cache. A waiting episode costs
-    memory only: the sampler decides how many of those in flight hold an accelerator slot. `on_episode` sees each
+    memory only: the sampler decides how many of those in flight hold an accelerator slot. `admit` is awaited before
+    each start, and holds it back while there is no memory for it (`admission.Admission.wait`). `on_episode` sees each
     episode as it ends (for progress); it must not block.
     """
     slots = asyncio.Semaphore(max_in_flight)
@@ -43,6 +49,7 @@ async def run_groups(
 
     async def one(row: int, question: Question, rollout: int) -> None:
         async with slots:
+            await admit()
             episode = await _guarded(run_episode, question, rollout, reported)
         done[row, rollout] = episode
         on_episode(episode)

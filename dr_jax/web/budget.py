@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Self
 
 from dr_jax.errors import ConfigError, RolloutHalted
 from dr_jax.records import Failure, FailureKind
-from dr_jax.web.page import Response
 
 PAGE = "page"  # the service of fetching pages ourselves
 # A language model that reads pages: its price of a call, and those of a million tokens it is given and writes.
@@ -47,6 +46,11 @@ class Spent:
     bytes: int = 0
     usd: float = 0.0
 
+    def of_host(self, index: int, count: int) -> Spent:
+        """The share of one host."""
+        micro = share(round(self.usd * _MICRO), index, count)
+        return Spent(share(self.calls, index, count), share(self.bytes, index, count), micro / _MICRO)
+
 
 NOTHING_SPENT = Spent()
 
@@ -63,33 +67,65 @@ def reader_usd(price_usd: Callable[[str], float], tokens_in: int, tokens_out: in
     return price_usd(READER) + per_token / _PER_TOKENS
 
 
+def share(total: int, index: int, count: int) -> int:
+    """What host `index` of `count` gets of `total`: the shares add up to it, and none shrinks when it grows."""
+    if not 0 <= index < count:
+        raise ConfigError(f"host {index} of {count}: give an index from 0 to {count - 1}")
+    return total // count + (index < total % count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowance:
+    """The most that may be spent; US dollars at list price."""
+
+    usd: float = math.inf
+    calls: float = math.inf
+    bytes: float = math.inf
+
+    @classmethod
+    def or_none(cls, *limits: float) -> Self:
+        """`limits` of usd, calls and bytes as a config states them: 0 is no limit."""
+        return cls(*(limit or math.inf for limit in limits))
+
+    def of_host(self, index: int, count: int) -> Allowance:
+        """The share of one host; that of no limit is none."""
+        micro, calls, bytes = (
+            limit if limit == math.inf else share(round(limit), index, count)
+            for limit in (self.usd * _MICRO, self.calls, self.bytes)
+        )
+        return Allowance(micro / _MICRO, calls, bytes)
+
+
+NO_LIMIT = Allowance()
+
+
 class Budget:
     """Counts what is spent in a run and in its current step, and refuses calls. For one event loop.
 
     A refused call is a `Failure` (QUOTA_EXHAUSTED), so the episode it meets is not trained on; `check` and `begin_step`
     raise `RolloutHalted` once anything was refused, so a run that is out of money ends.
 
-    `prices`: US dollars per call (per million tokens for `READER_INPUT`, `READER_OUTPUT`), over those of `PRICES`.
-    `spent`: by the run before it was resumed."""
+    `run`, `step`: what may be spent, in all and from one `begin_step` to the next. `prices`: US dollars per call (per
+    million tokens for `READER_INPUT`, `READER_OUTPUT`), over those of `PRICES`. `spent`: by the run before it was
+    resumed."""
 
     def __init__(
         self,
+        run: Allowance = NO_LIMIT,
+        step: Allowance = NO_LIMIT,
         *,
-        max_usd: float = math.inf,
-        max_calls: float = math.inf,
-        max_bytes: float = math.inf,
         prices: Mapping[str, float] | None = None,
         spent: Spent = NOTHING_SPENT,
     ):
-        for name, value in {"max_usd": max_usd, "max_calls": max_calls, "max_bytes": max_bytes}.items():
-            if not value >= 0:
-                raise ConfigError(f"budget.{name}: {value} is not a limit; give 0 or more, or inf for none")
+        self._limits = {"max": run, "max_step": step}
+        for scope, allowance in self._limits.items():
+            for name, value in vars(allowance).items():
+                if not value >= 0:
+                    raise ConfigError(f"budget.{scope}_{name}: {value} is not a limit; give 0 or more, or inf for none")
         self._prices = {name: price.usd for name, price in PRICES.items()} | dict(prices or {})
         for name, usd in self._prices.items():
             if not 0 <= usd < math.inf:
                 raise ConfigError(f"budget.prices: {name} costs {usd}; give US dollars, 0 or more")
-        self._max_micro = max_usd * _MICRO
-        self._max_calls, self._max_bytes = max_calls, max_bytes
         self._calls, self._bytes, self._micro = spent.calls, spent.bytes, round(spent.usd * _MICRO)
         self._step_start = self.run
         self._refused = ""
@@ -107,17 +143,25 @@ class Budget:
         `reserve_bytes`: what the answer can weigh at most; they are counted, and `add_bytes` settles them. `usd`: what
         this call can cost at most, where that is not the price of every call; `give_back` settles it."""
         micro = round((self.price_usd(service) if usd is None else usd) * _MICRO)
-        limits = (
-            ("usd", (self._micro + micro) / _MICRO, self._max_micro / _MICRO),
-            ("calls", self._calls + 1, self._max_calls),
-            ("bytes", self._bytes + max(reserve_bytes, 1), self._max_bytes),
-        )
-        over = next((f"budget.max_{name} = {most:g}" for name, would, most in limits if would > most), None)
-        if over:
+        would = Spent(self._calls + 1, self._bytes + max(reserve_bytes, 1), (self._micro + micro) / _MICRO)
+        if over := self._over(would):
             self._refused = over
             return Failure(FailureKind.QUOTA_EXHAUSTED, f"{over} is spent")
         self._calls, self._micro, self._bytes = self._calls + 1, self._micro + micro, self._bytes + reserve_bytes
         return None
+
+    def _over(self, would: Spent) -> str:
+        """The limit that `would` passes; "" where it passes none."""
+        scopes = {"max": would, "max_step": _minus(would, self._step_start)}
+        return next(
+            (
+                f"budget.{scope}_{name} = {most:g}"
+                for scope, spent in scopes.items()
+                for name, most in vars(self._limits[scope]).items()
+                if getattr(spent, name) > most
+            ),
+            "",
+        )
 
     def give_back(self, service: str, usd: float | None = None) -> None:
         """The price, or `usd` of it, of a call that was taken and not charged; it stays counted as a call."""
@@ -148,8 +192,7 @@ class Budget:
     @property
     def step(self) -> Spent:
         """Spent since `begin_step`."""
-        run, start = self.run, self._step_start
-        return Spent(run.calls - start.calls, run.bytes - start.bytes, round(run.usd - start.usd, 6))
+        return _minus(self.run, self._step_start)
 
     def metrics(self) -> dict[str, float]:
         """Live figures, by the names under which they are logged."""
@@ -157,28 +200,5 @@ class Budget:
         return {f"budget/{scope}_{name}": float(value) for scope, one in spent for name, value in vars(one).items()}
 
 
-class Fetches(Protocol):
-    """What the meter stands in front of: `fetch.Fetcher`."""
-
-    async def fetch(self, url: str) -> Response | Failure: ...
-
-
-class MeteredFetcher:
-    """A fetcher that asks the budget first. It stands behind the cache, so a page that is remembered is free.
-
-    `max_bytes`: what one page can weigh (`fetch.Limits.max_bytes`), reserved until the page is here."""
-
-    def __init__(self, fetcher: Fetches, budget: Budget, *, max_bytes: int):
-        self._fetcher, self._budget, self._max_bytes = fetcher, budget, max_bytes
-
-    async def fetch(self, url: str) -> Response | Failure:
-        refused = self._budget.take(PAGE, self._max_bytes)
-        if refused:
-            return refused
-        used = 0
-        try:
-            answer = await self._fetcher.fetch(url)
-            used = 0 if isinstance(answer, Failure) else len(answer.body)
-        finally:  # cancelled too
-            self._budget.add_bytes(used - self._max_bytes)
-        return answer
+def _minus(later: Spent, earlier: Spent) -> Spent:
+    return Spent(later.calls - earlier.calls, later.bytes - earlier.bytes, round(later.usd - earlier.usd, 6))

@@ -28,10 +28,10 @@ from dr_jax.interfaces import Reader
 from dr_jax.records import Failure, FailureKind, Hit, Page
 from dr_jax.web import store
 from dr_jax.web.breaker import Breaker
-from dr_jax.web.budget import Fetches
-from dr_jax.web.page import EXTRACTOR, Response, extract, from_plain, to_plain
+from dr_jax.web.page import EXTRACTOR, from_plain, to_plain
 from dr_jax.web.store import Entry, StoreError
 from dr_jax.web.text import clean_line
+from dr_jax.web.visit import Visits
 
 MODES = ("live", "record", "replay")
 
@@ -235,27 +235,13 @@ class CachedSearcher:
         return await self._cache.through(request, lambda: self._searcher.search(query, top_k=top_k))
 
 
-class Extract(Protocol):
-    """Bytes -> text off the event loop: `ParserPool.extract`, or `extract_in_thread`."""
-
-    async def __call__(self, response: Response, *, max_segment_chars: int) -> Page | Failure: ...
-
-
-async def extract_in_thread(response: Response, *, max_segment_chars: int) -> Page | Failure:
-    """For pages that we wrote ourselves: nothing can stop a thread that a hostile page keeps busy."""
-    return await asyncio.to_thread(extract, response, max_segment_chars=max_segment_chars)
-
-
 class CachedBrowser:
-    """The Browser: fetches a page, has its text extracted, and keeps the text."""
+    """The Browser: has a page visited, and keeps its text."""
 
-    def __init__(
-        self, fetcher: Fetches, cache: Cache, *, extract: Extract = extract_in_thread, max_segment_chars: int = 4000
-    ):
+    def __init__(self, visitor: Visits, cache: Cache, *, max_segment_chars: int = 4000):
         if max_segment_chars < 1:
             raise ConfigError(f"max_segment_chars: {max_segment_chars} is less than 1; a few thousand is usual")
-        self._fetcher, self._cache = fetcher, cache
-        self._extract, self._max_segment_chars = extract, max_segment_chars
+        self._visitor, self._cache, self._max_segment_chars = visitor, cache, max_segment_chars
 
     async def browse(self, url: str) -> Page | Failure:
         request = {
@@ -264,10 +250,7 @@ class CachedBrowser:
         return await self._cache.through(request, lambda: self._ask(url))
 
     async def _ask(self, url: str) -> Page | Failure:
-        response = await self._fetcher.fetch(url)
-        if isinstance(response, Failure):
-            return response
-        return await self._extract(response, max_segment_chars=self._max_segment_chars)
+        return (await self._visitor.visit(url, max_segment_chars=self._max_segment_chars)).answer
 
 
 class CachedReader:

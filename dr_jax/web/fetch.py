@@ -16,7 +16,7 @@ from yarl import URL
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
 from dr_jax.web.breaker import Breaker
-from dr_jax.web.guard import AddressPolicy, Hosts, Lookup, admit, check_hosts, site_name, system_lookup
+from dr_jax.web.guard import AddressPolicy, Hosts, Lookup, admit, check_hosts, domain, site_name, system_lookup
 from dr_jax.web.http import Timeouts, failure_of, open_session, read_body, retry, retry_after_s
 from dr_jax.web.page import Response
 from dr_jax.web.politeness import Gate, Manners
@@ -42,6 +42,14 @@ _PAGE = _Want(
     frozenset({"", "text/html", "application/xhtml+xml", "text/plain", "application/pdf"}),
 )
 _ROBOTS = _Want("text/plain, */*;q=0.1", max_bytes=MAX_BYTES, cut=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """A page that is to be asked for at `url`, after `hops` redirects."""
+
+    url: str
+    hops: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +130,27 @@ class Fetcher:
 
     async def fetch(self, url: str) -> Response | Failure:
         """The answer at `url` after redirects, if it is text or PDF."""
-        return await self._follow(url, _PAGE, _Clock(self._limits.timeouts.total_s))
+        answer = await self._follow(url, _PAGE, _Clock(self._limits.timeouts.total_s))
+        assert not isinstance(answer, Moved)
+        return answer
 
-    async def _follow(self, url: str | URL, want: _Want, clock: _Clock) -> Response | Failure:
+    async def leg(self, start: Moved) -> Response | Moved | Failure:
+        """As `fetch`, but a redirect to another domain is not followed: it comes back."""
+        clock = _Clock(self._limits.timeouts.total_s)
+        return await self._follow(start.url, _PAGE, clock, hops=start.hops, leaves=False)
+
+    async def _follow(
+        self, url: str | URL, want: _Want, clock: _Clock, *, hops: int = 0, leaves: bool = True
+    ) -> Response | Moved | Failure:
         step: str | URL | Response | Failure = url
-        for _ in range(self._limits.max_redirects + 1):
+        home = None
+        for hop in range(hops, self._limits.max_redirects + 1):
             target = admit(step, self._policy, self._hosts)
             if isinstance(target, Failure):
                 return target
+            home = home or domain(target.raw_host)
+            if not leaves and domain(target.raw_host) != home:
+                return Moved(str(target), hop)
             delay_s = await self._delay_s(target, want, clock)
             if isinstance(delay_s, Failure):
                 return delay_s
@@ -149,15 +170,16 @@ class Fetcher:
         manners = self._manners
         if not manners.toward_hosts and site_name(url.raw_host) in self._hosts:
             return 0.0
-        if want is _ROBOTS or not manners.robots:
-            return manners.min_delay_s
-        delay_s = await self._robots.check(url, functools.partial(self._robots_txt, clock))
+        delay_s: float | Failure = 0.0
+        if want is not _ROBOTS and manners.robots:
+            delay_s = await self._robots.check(url, functools.partial(self._robots_txt, clock))
         if isinstance(delay_s, Failure):
             return delay_s
-        return max(manners.min_delay_s, min(delay_s, manners.max_crawl_delay_s))
+        return manners.pipelines * max(manners.min_delay_s, min(delay_s, manners.max_crawl_delay_s))
 
     async def _robots_txt(self, clock: _Clock, url: URL) -> bytes | Failure:
         answer = await self._follow(url, _ROBOTS, clock)
+        assert not isinstance(answer, Moved)
         return answer if isinstance(answer, Failure) else answer.body
 
     async def _ask(self, url: URL, want: _Want, clock: _Clock, delay_s: float) -> Response | URL | Failure:

@@ -122,6 +122,12 @@ def site_name(host: str | None) -> str:
     return (host or "").lower().removesuffix(".")
 
 
+def domain(host: str | None) -> str:
+    """The last two labels of a name, the whole of an address: hosts that may belong together share it."""
+    name = site_name(host)
+    return name if ":" in name or name.replace(".", "").isdigit() else ".".join(name.split(".")[-2:])
+
+
 def _refused_host(host: str, policy: AddressPolicy) -> Failure | None:
     if ":" in host or host.replace(".", "").isdigit():
         denial = policy.denial(host)

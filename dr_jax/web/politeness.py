@@ -25,12 +25,15 @@ class Manners:
     robots: bool = True  # obey robots.txt (RFC 9309)
     min_delay_s: float = 1.0  # between the starts of two requests to one site
     max_crawl_delay_s: float = 30.0  # a robots.txt that asks for a longer delay gets this one
+    pipelines: int = 1  # fetchers on other hosts that share these limits, this one included: each waits so much longer
     toward_hosts: bool = False  # also toward the names in the fetcher's `hosts`, which are one's own
 
     def __post_init__(self) -> None:
         for name in ("min_delay_s", "max_crawl_delay_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"manners.{name}: {getattr(self, name)} is not a number of seconds, 0 or more")
+        if self.pipelines < 1:
+            raise ConfigError(f"manners.pipelines: {self.pipelines} is less than 1, this fetcher itself")
 
 
 class _Site:

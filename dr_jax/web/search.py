@@ -3,7 +3,10 @@ like "nothing found"."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +28,8 @@ _MAX_QUERY_CHARS = 2048
 class SearchClient:
     """Asks one provider. Never raises for a query or an answer; cancellation passes.
 
-    `session` comes from `http.open_session` and serves this provider alone (`api.Api`). `budget` pays for each
-    attempt; `breaker` stops asking a provider that is down."""
+    `session` comes from `http.open_session` and serves this provider alone (`api.Api`). Attempts start at least
+    1 / `max_per_s` seconds apart. `budget` pays for each; `breaker` stops asking a provider that is down."""
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class SearchClient:
         language: str = "en",
         timeout_s: float = 10.0,
         max_concurrent: int = 32,
+        max_per_s: float = math.inf,
         retries: int = 2,
         backoff_s: float = 0.5,
         breaker: Breaker | None = None,
@@ -48,6 +52,11 @@ class SearchClient:
         if provider.key_header:
             complaint = f"search.api_key: {provider.name} needs a key; set {provider.key_variable}"
             headers[provider.key_header] = provider.key_prefix + check_key(api_key, complaint)
+        if max_concurrent < 1 or not max_per_s > 0:
+            raise ConfigError(
+                f"search: {max_concurrent} at once and {max_per_s:g} a second let none start; raise "
+                "config.web.max_concurrent_searches, which all hosts share"
+            )
         url = check_endpoint(
             "search.endpoint", endpoint or provider.endpoint, f"provider {provider.name!r}", keyed=bool(headers)
         )
@@ -56,6 +65,7 @@ class SearchClient:
             retries=retries, backoff_s=backoff_s, breaker=breaker,
         )  # fmt: skip
         self._provider, self._locale, self._budget = provider, Locale(region, language), budget
+        self._door, self._delay_s, self._next_s = asyncio.Lock(), 1.0 / max_per_s, -math.inf
         if budget:
             budget.price_usd(provider.name)  # ConfigError now, not in the middle of a run
 
@@ -80,6 +90,7 @@ class SearchClient:
 
     async def _attempt(self, request: dict[str, Any]) -> tuple[Hit, ...] | Failure:
         """One request, paid for before it is made; a provider that answers with an error status charges nothing."""
+        await self._start()
         refused = self._budget.take(self._provider.name) if self._budget else None
         if refused:
             return refused
@@ -87,6 +98,12 @@ class SearchClient:
         if self._budget and isinstance(answer, Failure) and answer.status:
             self._budget.give_back(self._provider.name)
         return answer
+
+    async def _start(self) -> None:
+        """Waits for the next start that the rate allows; first come, first served."""
+        async with self._door:
+            await asyncio.sleep(self._next_s - time.monotonic())
+            self._next_s = time.monotonic() + self._delay_s
 
     async def _hits(self, request: dict[str, Any]) -> tuple[Hit, ...] | Failure:
         reply = await self._api.send(self._provider.method, request)

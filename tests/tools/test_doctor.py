@@ -97,7 +97,7 @@ def test_the_quickstart_needs_neither_key_nor_network(tmp_path):
     assert lines(done)["provider"] == ("ok", "the embedded world needs no key")
     assert lines(done)["egress"] == ("ok", "the embedded world needs no network")
     assert list(lines(done)) == (
-        ["python", "packages", "devices", "model", "provider", "egress", "clock", "workdir", "memory", "files"]
+        ["python", "packages", "devices", "model", "provider", "egress", "dns", "clock", "workdir", "memory", "files"]
     )
     assert len({line.index(verdict) for line, verdict in re.findall(r"^(\w+ +(ok|-) .*)$", done.stdout, re.M)}) == 1
     assert list(tmp_path.iterdir()) == []
@@ -111,6 +111,8 @@ def test_a_network_that_is_down_is_named_and_the_way_without_one():
     for name, host in {"egress": "google.serper.dev", "page": "https://page.example.com/"}.items():
         assert lines(done)[name][0] == "mend"
         assert lines(done)[name][1].startswith((f"{host}: dns: the resolver", f"{host}: connection: nobody accepts"))
+    asked = "ok" if ": connection:" in lines(done)["egress"][1] else "mend"
+    assert lines(done)["dns"][0] == asked
     assert "neither key nor network: --config=configs/quickstart.py" in done.stdout
     assert KEY not in done.stdout + done.stderr
 
@@ -121,6 +123,7 @@ def test_a_provider_that_answers(serve):
     found = lines(done)
     assert found["provider"] == ("ok", "serper: SERPER_API_KEY is set; it was not tried, as a search costs")
     assert found["egress"] == ("ok", "engine.test answers (HTTP 403)")
+    assert found["dns"] == ("-", "the config says where engine.test is")
     assert found["clock"][0] == "ok"
     (headers,) = server.seen
     assert KEY not in done.stdout + done.stderr + headers
@@ -192,7 +195,7 @@ def test_a_machine_that_is_too_small(tmp_path):
     assert done.returncode == 1
     found = lines(done)
     for name, says in {
-        "devices": "(cpu); config.mesh or config.engine.tensor asks for 64. libtpu is",
+        "devices": "(cpu); config.mesh or config.engine.tensor asks for 64. libtpu ",
         "model": "neither model.safetensors nor model.safetensors.index.json",
         "workdir": "choose a larger disk or lower config.checkpoint.keep",
         "memory": "use a larger host",

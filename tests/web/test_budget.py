@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 
@@ -14,13 +13,13 @@ from dr_jax.web.budget import (
     READER,
     READER_INPUT,
     READER_OUTPUT,
+    Allowance,
     Budget,
-    MeteredFetcher,
     Spent,
     estimate_usd,
     reader_usd,
+    share,
 )
-from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.search_wire import PROVIDERS
 
 
@@ -45,7 +44,7 @@ def test_a_reader_is_priced_by_the_million_tokens_and_by_the_call():
 
 
 def test_what_a_call_can_cost_is_held_until_it_is_settled():
-    budget = Budget(max_usd=0.01)
+    budget = Budget(Allowance(usd=0.01))
     assert budget.take(READER, usd=0.008) is None
     assert budget.take(READER, usd=0.008).kind is FailureKind.QUOTA_EXHAUSTED
     budget.give_back(READER, usd=0.006)
@@ -54,7 +53,7 @@ def test_what_a_call_can_cost_is_held_until_it_is_settled():
 
 
 def test_spending_to_the_last_cent_and_not_one_call_more():
-    budget = Budget(max_usd=0.7, prices={"serper": 0.007})  # 0.007 * 100 is not 0.7 in floats
+    budget = Budget(Allowance(usd=0.7), prices={"serper": 0.007})  # 0.007 * 100 is not 0.7 in floats
     assert [budget.take("serper") for _ in range(100)] == [None] * 100
     refused = budget.take("serper")
     assert (refused.kind, refused.infrastructure) == (FailureKind.QUOTA_EXHAUSTED, True)
@@ -63,16 +62,16 @@ def test_spending_to_the_last_cent_and_not_one_call_more():
 
 
 def test_a_refused_call_counts_for_nothing_and_a_cheaper_one_may_go():
-    budget = Budget(max_usd=0.01)
+    budget = Budget(Allowance(usd=0.01))
     assert budget.take("tavily") is None
     assert budget.take("tavily") is not None
     assert budget.take("serper") is None
     assert budget.run == Spent(2, 0, 0.009)
 
 
-@pytest.mark.parametrize(("limits", "name"), [({"max_calls": 2}, "max_calls"), ({"max_bytes": 20}, "max_bytes")])
+@pytest.mark.parametrize(("limits", "name"), [({"calls": 2}, "max_calls"), ({"bytes": 20}, "max_bytes")])
 def test_calls_and_bytes_have_limits_too(limits, name):
-    budget = Budget(**limits)
+    budget = Budget(Allowance(**limits))
     for _ in range(2):
         assert budget.take("searxng") is None
         budget.add_bytes(10)
@@ -80,7 +79,7 @@ def test_calls_and_bytes_have_limits_too(limits, name):
 
 
 def test_what_was_not_charged_is_given_back():
-    budget = Budget(max_usd=0.001)
+    budget = Budget(Allowance(usd=0.001))
     for _ in range(3):
         assert budget.take("serper") is None
         budget.give_back("serper")
@@ -102,11 +101,11 @@ def test_a_step_is_counted_apart_and_the_run_goes_on():
 
 
 def test_what_was_spent_before_a_resume_counts():
-    assert Budget(max_usd=1.0, spent=Spent(1000, 0, 1.0)).take("serper") is not None
+    assert Budget(Allowance(usd=1.0), spent=Spent(1000, 0, 1.0)).take("serper") is not None
 
 
 def test_a_run_that_was_refused_a_call_ends_at_its_next_step():
-    budget = Budget(max_calls=1)
+    budget = Budget(Allowance(calls=1))
     budget.take("serper")
     budget.begin_step()  # spent to the limit, but nothing was refused yet
     budget.take("serper")
@@ -114,11 +113,53 @@ def test_a_run_that_was_refused_a_call_ends_at_its_next_step():
         budget.begin_step()
 
 
-@pytest.mark.parametrize("name", ["max_usd", "max_calls", "max_bytes"])
+@pytest.mark.parametrize("name", ["usd", "calls", "bytes"])
 @pytest.mark.parametrize("value", [-1, math.nan])
 def test_a_limit_that_is_none(name, value):
-    with pytest.raises(ConfigError, match=f"budget.{name}: {value} is not a limit"):
-        Budget(**{name: value})
+    with pytest.raises(ConfigError, match=f"budget.max_{name}: {value} is not a limit"):
+        Budget(Allowance(**{name: value}))
+    with pytest.raises(ConfigError, match=f"budget.max_step_{name}: {value} is not a limit"):
+        Budget(step=Allowance(**{name: value}))
+
+
+def test_a_step_has_limits_of_its_own():
+    budget = Budget(step=Allowance(calls=2, usd=0.01), spent=Spent(500, 0, 4.0))
+    budget.begin_step()
+    assert [budget.take("serper") for _ in range(2)] == [None] * 2
+    budget.begin_step()  # nothing was refused: a new step, a new allowance
+    assert budget.take("tavily") is None
+    assert "budget.max_step_usd = 0.01 is spent" in budget.take("exa").detail
+    assert budget.take("searxng") is None
+    assert "budget.max_step_calls = 2" in budget.take("searxng").detail
+    with pytest.raises(RolloutHalted, match="budget.max_step_calls = 2 is reached"):
+        budget.begin_step()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 64])
+def test_the_shares_of_hosts_add_up(count):
+    for total in (0, 1, 5, 63, 64, 65, 1_000_003):
+        shares = [share(total, index, count) for index in range(count)]
+        assert sum(shares) == total
+        assert max(shares) - min(shares) <= 1
+        assert all(share(total + 1, index, count) >= shares[index] for index in range(count))
+    allowances = [Allowance(usd=10.000001, calls=100).of_host(index, count) for index in range(count)]
+    assert sum(round(one.usd * 1e6) for one in allowances) == 10_000_001
+    assert sum(one.calls for one in allowances) == 100
+    assert {one.bytes for one in allowances} == {math.inf}
+    parts = [Spent(7, 1001, 0.5).of_host(index, count) for index in range(count)]
+    assert (sum(one.calls for one in parts), sum(one.bytes for one in parts)) == (7, 1001)
+    assert sum(round(one.usd * 1e6) for one in parts) == 500_000
+
+
+@pytest.mark.parametrize(("index", "count"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_host_that_is_none(index, count):
+    with pytest.raises(ConfigError, match=f"host {index} of {count}"):
+        share(10, index, count)
+
+
+def test_hosts_together_spend_to_the_last_call_and_not_one_more():
+    hosts = [Budget(Allowance(calls=10).of_host(index, 4), spent=Spent(3).of_host(index, 4)) for index in range(4)]
+    assert sum(budget.take("serper") is None for budget in hosts for _ in range(10)) == 7
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
@@ -130,42 +171,3 @@ def test_a_price_that_is_none(value):
 def test_a_service_without_price():
     with pytest.raises(ConfigError, match="budget.prices: no price for 'altavista'"):
         Budget().take("altavista")
-
-
-def page(body: bytes) -> bytes:
-    return f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-async def fetch(server, budget, *urls, max_bytes=1000, timeout_s=None):
-    hosts = {"site.test": ("127.0.0.1", server.port)}
-    async with Fetcher(hosts=hosts, limits=Limits(max_bytes=max_bytes, retries=0)) as fetcher:
-        metered = MeteredFetcher(fetcher, budget, max_bytes=max_bytes)
-        async with asyncio.timeout(timeout_s):
-            return await asyncio.gather(*(metered.fetch(url) for url in urls))
-
-
-async def test_pages_are_counted_in_bytes(serve):
-    budget = Budget()
-    server = await serve(page(b"x" * 300), b"HTTP/1.1 404 N\r\nContent-Length: 0\r\n\r\n")
-    (response,) = await fetch(server, budget, "http://site.test/")
-    (failure,) = await fetch(server, budget, "http://site.test/")
-    assert (len(response.body), failure.status) == (300, 404)
-    assert budget.run == Spent(2, 300, 0.0)
-
-
-async def test_pages_under_way_cannot_overspend_together(serve):
-    budget = Budget(max_bytes=2500)
-    server = await serve(page(b"x" * 900))
-    answers = await fetch(server, budget, *["http://site.test/"] * 5)
-    assert [getattr(answer, "kind", None) for answer in answers] == [None] * 2 + [FailureKind.QUOTA_EXHAUSTED] * 3
-    assert (server.connections, budget.run.bytes) == (2, 1800)
-
-
-async def test_a_page_given_up_gives_its_reservation_back(serve):
-    async def silent(reader, writer):
-        await reader.read()
-
-    budget = Budget(max_bytes=1000)
-    with pytest.raises(TimeoutError):
-        await fetch(await serve(silent), budget, "http://site.test/", timeout_s=0.05)
-    assert budget.run == Spent(1, 0, 0.0)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -15,6 +17,7 @@ from dr_jax.web.cache import Cache, CachedBrowser, CachedSearcher, _decode, _enc
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.http import open_session
 from dr_jax.web.search import open_search
+from dr_jax.web.visit import Visitor
 
 HITS = (Hit("Tïtle", "https://a.test/", "snippet"),)
 MISSING = Failure(FailureKind.STATUS, "HTTP 404", 404)
@@ -225,6 +228,42 @@ async def test_two_processes_share_one_file(tmp_path):
         assert one.stats()["errors"] == two.stats()["errors"] == 0
 
 
+WRITER = """
+import asyncio, sys
+from dr_jax.records import Hit
+from dr_jax.web.cache import Cache
+
+async def main():
+    async with Cache(sys.argv[1]) as cache:
+        for i in range(10**6):
+            async def ask(i=i):
+                return (Hit(str(i), "https://a.test/", "x" * 5000),)
+            await cache.through({"kind": "search", "q": str(i)}, ask)
+            print(i, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def write_until_killed(path, after: int) -> int:
+    """The last entry that a process has said to have written when it was killed."""
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True)
+    written = [int(writer.stdout.readline()) for _ in range(after)]
+    writer.kill()
+    writer.communicate()
+    return written[-1]
+
+
+@pytest.mark.parametrize("after", [1, 20])
+async def test_a_writer_that_is_killed_leaves_whole_entries(tmp_path, after):
+    last = write_until_killed(tmp_path / "c.sqlite", after)
+    async with Cache(tmp_path / "c.sqlite") as cache:
+        for i in range(last + 1):
+            found = await ask(cache, Source(MISSING), str(i))
+            assert found == (Hit(str(i), "https://a.test/", "x" * 5000),)
+        assert cache.stats()["errors"] == 0
+
+
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 VALUES = st.one_of(
     st.builds(
@@ -259,7 +298,7 @@ def test_config_errors(tmp_path):
 async def test_a_segment_holds_something(tmp_path):
     async with Cache(tmp_path / "c") as cache:
         with pytest.raises(ConfigError, match="max_segment_chars: 0 is less than 1"):
-            CachedBrowser(Fetcher(), cache, max_segment_chars=0)
+            CachedBrowser(Visitor(Fetcher()), cache, max_segment_chars=0)
 
 
 def http(body: bytes, type: str) -> bytes:
@@ -281,7 +320,7 @@ async def test_a_recorded_session_is_replayed_without_a_network(serve, tmp_path)
             search = CachedSearcher(
                 open_search("serper", api, api_key="k", endpoint="http://search.test/search"), cache
             )
-            browser = CachedBrowser(fetcher, cache)
+            browser = CachedBrowser(Visitor(fetcher), cache)
             hits = await search.search("ada", top_k=5)
             pages = [await browser.browse(url) for url in (hits[0].url, hits[0].url + "#x", "http://localhost/", "]")]
             return hits, pages, await search.search(" ada\n", top_k=5), cache.stats()
@@ -312,7 +351,7 @@ async def test_a_browser_extracts_with_what_it_is_given(serve, tmp_path):
         return Failure(FailureKind.PARSE_LIMIT, f"{response.body.decode()} {max_segment_chars}")
 
     async with Cache(tmp_path / "c") as cache, Fetcher(hosts=hosts) as fetcher:
-        browser = CachedBrowser(fetcher, cache, extract=refuse, max_segment_chars=7)
+        browser = CachedBrowser(Visitor(fetcher, extract=refuse), cache, max_segment_chars=7)
         assert (await browser.browse("http://site.test/")).detail == "<h1>Ada</h1> 7"
 
 
@@ -321,8 +360,8 @@ async def test_what_decides_an_answer_is_in_its_key(serve, tmp_path):
     engine = await serve(http(b'{"organic":[]}', "text/json"))
     hosts = {"site.test": ("127.0.0.1", web.port), "search.test": ("127.0.0.1", engine.port)}
     async with Cache(tmp_path / "c") as cache, open_session(hosts=hosts) as api, Fetcher(hosts=hosts) as fetcher:
-        small = await CachedBrowser(fetcher, cache, max_segment_chars=500).browse("http://site.test/")
-        large = await CachedBrowser(fetcher, cache, max_segment_chars=5000).browse("http://site.test/")
+        small = await CachedBrowser(Visitor(fetcher), cache, max_segment_chars=500).browse("http://site.test/")
+        large = await CachedBrowser(Visitor(fetcher), cache, max_segment_chars=5000).browse("http://site.test/")
         assert (len(small.segments), len(large.segments)) == (10, 1)
         for region in ("us", "de"):
             client = open_search("serper", api, api_key="k", endpoint="http://search.test/", region=region)

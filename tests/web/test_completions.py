@@ -15,7 +15,7 @@ from dr_jax.agent.model_reader import ModelReader, ReadingLimits, ask_endpoint
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind, Page
 from dr_jax.web.breaker import Breaker
-from dr_jax.web.budget import READER, READER_INPUT, READER_OUTPUT, Budget
+from dr_jax.web.budget import READER, READER_INPUT, READER_OUTPUT, Allowance, Budget
 from dr_jax.web.cache import Cache, CachedReader
 from dr_jax.web.completions import ChatClient, Endpoint
 from dr_jax.web.http import open_session
@@ -257,7 +257,7 @@ async def test_an_endpoint_that_does_not_say_is_charged_the_most_it_can_have_bee
 
 
 async def test_a_call_that_could_overspend_is_not_made():
-    budget = Budget(max_usd=MOST_USD + 259e-6, prices=PRICES)
+    budget = Budget(Allowance(usd=MOST_USD + 259e-6), prices=PRICES)
     answers, llm = await complete(lambda: completion("x"), times=3, budget=budget)
     assert answers[:1] == ["x"]
     assert [(one.kind, one.infrastructure) for one in answers[2:]] == [(FailureKind.QUOTA_EXHAUSTED, True)]

@@ -1,5 +1,5 @@
 """Faults of the outside world, one row each: what comes back is exactly the value named here, nothing raises, and the
-limits on time hold. Rows that other test files own are listed with them; rows that cannot be built are listed with why.
+limits on time hold. Rows that other test files own are listed with them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import Timeouts
 from dr_jax.web.page import Response, extract
 from dr_jax.web.politeness import Manners
+from dr_jax.web.visit import Visitor
 from tests.web import fault_server
 from tests.web.fault_server import CHUNKED, HEAD, forever, http, redirect, silent, then_reset
 
@@ -40,7 +41,7 @@ ELSEWHERE = {
     14: "tests/agent/test_tools.py::test_a_turn_that_says_nothing_valid",
     15: "tests/agent/test_tools.py::test_a_query_that_cannot_be_sent_is_not_sent",
     16: "tests/agent/test_tools.py::test_only_the_control_id_opens_a_call",
-    36: "tests/web/test_fetch.py::test_a_certificate_nobody_vouches_for_is_refused",
+    36: "tests/web/test_fetch.py::test_a_certificate_that_is_vouched_for_must_still_fit",
     47: "tests/web/test_workers.py::test_a_worker_that_crashes_is_replaced",
     48: "tests/web/test_workers.py::test_a_bomb_costs_its_own_page_alone",
     49: "tests/agent/test_chat.py::test_text_from_outside_never_becomes_a_control_token",
@@ -52,13 +53,11 @@ ELSEWHERE = {
     56: "tests/web/test_search.py::test_a_provider_that_is_down_is_not_asked_until_a_probe_succeeds",
     57: "tests/web/test_search.py::test_bad_items_are_dropped",
     58: "tests/agent/test_model_reader.py::test_58_whatever_it_says_about_going_on_the_page_is_bounded",
+    59: "tests/rollout/test_watchdog.py::test_a_loop_that_stands_still_is_named_by_its_stack",
     60: "tests/engine/test_service.py::test_a_crash_of_the_device_thread_answers_everyone",
     63: "tests/web/test_cache.py::test_a_full_disk_costs_the_cache_and_not_the_run",
     64: "tests/web/test_cache.py::test_an_entry_that_was_changed_is_a_miss",
-}
-NOT_BUILT = {
-    59: "event loop blocked: there is no watchdog",
-    65: "memory watermark: admission does not look at memory",
+    65: "tests/rollout/test_admission.py::test_above_the_watermark_nothing_starts_and_below_it_everything_does",
 }
 
 
@@ -207,7 +206,7 @@ async def test_cache(serve, tmp_path, answer, kind):
     limits = dataclasses.replace(LIMITS, retries=0)
     fetcher = Fetcher(hosts={"site.test": ("127.0.0.1", server.port)}, limits=limits)
     async with Cache(tmp_path / "web") as cache, fetcher:
-        browser = CachedBrowser(fetcher, cache)
+        browser = CachedBrowser(Visitor(fetcher), cache)
         first, second = await browser.browse("http://site.test/"), await browser.browse("http://site.test/")
     assert kind_of(first) is kind
     assert second.segments == ("whole",)
@@ -370,7 +369,7 @@ async def test_62_no_file_descriptor_is_left(serve):
 
 def test_every_row_is_here_or_somewhere():
     here = {row for row, *_ in (*URLS, *WIRE, *CONTENT)} | {38, 39, 53, 61, 62}
-    assert sorted([*here, *ELSEWHERE, *NOT_BUILT]) == list(range(1, 66))
+    assert sorted([*here, *ELSEWHERE]) == list(range(1, 66))
     root = pathlib.Path(__file__).parents[2]
     for place in ELSEWHERE.values():
         path, _, name = place.partition("::")

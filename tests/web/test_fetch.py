@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import zlib
 
+import aiohttp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from yarl import URL
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
-from dr_jax.web.fetch import Fetcher, Limits, _redirect
+from dr_jax.web.fetch import Fetcher, Limits, Moved, _redirect
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import Timeouts
 from dr_jax.web.page import Response
@@ -200,6 +201,43 @@ async def test_a_certificate_nobody_vouches_for_is_refused(self_signed):
             assert (await fetcher.fetch("https://site.test/")).kind is FailureKind.TLS
 
 
+def openssl(folder, command: str) -> None:
+    subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "days", "kind"),
+    [
+        ("site.test", 1, None),
+        ("site.test", -1, FailureKind.TLS),  # expired yesterday
+        ("other.test", 1, FailureKind.TLS),
+    ],
+)
+async def test_a_certificate_that_is_vouched_for_must_still_fit(tmp_path, monkeypatch, name, days, kind):
+    if not shutil.which("openssl"):
+        pytest.skip("makes its certificates with openssl")
+    new = "req -newkey rsa:2048 -nodes"
+    openssl(tmp_path, f"{new} -x509 -days 2 -subj /CN=ours -keyout ca.key -out ca.pem")
+    openssl(tmp_path, f"{new} -subj /CN={name} -addext subjectAltName=DNS:{name} -keyout key.pem -out request")
+    signed = "x509 -req -in request -CA ca.pem -CAkey ca.key -CAcreateserial -copy_extensions copy"
+    openssl(tmp_path, f"{signed} -days {days} -out cert.pem")
+    # aiohttp made its context from the system's authorities when it was imported: here ours is the only one.
+    ours = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+    monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", ours)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(http(b"ok"))
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context) as server:
+        hosts = {"site.test": ("127.0.0.1", server.sockets[0].getsockname()[1])}
+        async with Fetcher(hosts=hosts, limits=QUICK, lookup=refuse) as fetcher:
+            fetched = await fetcher.fetch("https://site.test/")
+    assert getattr(fetched, "kind", None) is kind
+
+
 def test_https_never_redirects_to_http():
     assert _redirect(URL("https://a.test/"), "http://a.test/").kind is FailureKind.REDIRECTS
     assert _redirect(URL("https://a.test/"), "//b.test/c") == URL("https://b.test/c")
@@ -279,6 +317,21 @@ def test_a_patience_of_nothing_is_a_config_error():
 async def test_a_429_is_asked_again_when_the_site_said(serve):
     server = await serve(http(b"", "Retry-After: 0", status="429 Slow Down"), http(b"ok"))
     assert (await fetch(server)).body == b"ok"
+
+
+async def test_a_leg_ends_where_a_redirect_leaves_the_domain(serve):
+    first = await serve(http(b"", "Location: http://www.a.test/x", status="302 Found"))
+    second = await serve(http(b"", "Location: http://b.test/y?z#w", status="302 Found"))
+    third = await serve(http(b"there"))
+    names = {"a.test": first, "www.a.test": second, "b.test": third}
+    hosts = {name: ("127.0.0.1", server.port) for name, server in names.items()}
+    async with Fetcher(hosts=hosts, limits=QUICK, lookup=refuse) as fetcher:
+        moved = await fetcher.leg(Moved("http://a.test/", 0))
+        assert moved == Moved("http://b.test/y?z#w", 2)
+        assert third.connections == 0
+        assert (await fetcher.leg(moved)).body == b"there"
+        assert (await fetcher.leg(Moved("http://a.test/", 5))).kind is FailureKind.REDIRECTS
+        assert (await fetcher.leg(Moved("http://localhost/", 0))).kind is FailureKind.BLOCKED
 
 
 @pytest.mark.parametrize("status", ["429 Slow Down", "503 Busy"])

@@ -7,7 +7,15 @@ import pytest
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
-from dr_jax.web.guard import AddressPolicy, BlockedAddress, GuardedResolver, admit, check_hosts, guarded_connector
+from dr_jax.web.guard import (
+    AddressPolicy,
+    BlockedAddress,
+    GuardedResolver,
+    admit,
+    check_hosts,
+    domain,
+    guarded_connector,
+)
 
 POLICY = AddressPolicy()
 
@@ -208,3 +216,14 @@ async def test_addresses_of_this_machine_are_refused_whatever_the_table_says(ser
             await session.get(f"http://127.0.0.1:{server.port}/")
     assert "of this machine" in str(caught.value.os_error)
     assert server.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("Example.com.", "example.com"), ("www.example.com", "example.com"), ("a.b.example.co.uk", "co.uk"),
+        ("8.8.8.8", "8.8.8.8"), ("2600::1", "2600::1"), ("localhost", "localhost"), (None, ""),
+    ],
+)  # fmt: skip
+def test_hosts_that_may_belong_together_share_a_domain(host, name):
+    assert domain(host) == name

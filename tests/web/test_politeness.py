@@ -204,3 +204,17 @@ async def test_robots_can_be_turned_off(serve):
     async with polite(server, robots=False) as fetcher:
         assert (await fetcher.fetch("http://a.test/")).body == b"ok"
     assert asked(server) == ["/"]
+
+
+async def test_fetchers_on_several_hosts_keep_the_delay_together(serve):
+    server = await serve(page(b""), page(b"ok"))
+    async with polite(server, min_delay_s=0.02, pipelines=5) as fetcher:
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        assert [(await fetcher.fetch(f"http://a.test/{i}")).body for i in range(3)] == [b"ok"] * 3
+        assert loop.time() - started_s >= 0.2  # a lower bound: two delays of 5 x 0.02 s
+
+
+def test_there_is_at_least_one_pipeline():
+    with pytest.raises(ConfigError, match="pipelines: 0 is less than 1"):
+        Manners(pipelines=0)

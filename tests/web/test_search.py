@@ -8,7 +8,7 @@ import pytest
 from dr_jax.errors import ConfigError
 from dr_jax.records import FailureKind, Hit
 from dr_jax.web.breaker import Breaker
-from dr_jax.web.budget import Budget
+from dr_jax.web.budget import Allowance, Budget
 from dr_jax.web.cache import Cache, CachedSearcher
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import open_session
@@ -281,7 +281,7 @@ async def test_a_provider_that_says_no_is_not_down(serve, status):
 
 
 async def test_each_attempt_is_paid_for_before_it_is_made(serve):
-    budget = Budget(max_usd=0.003, prices={"serper": 0.001})
+    budget = Budget(Allowance(usd=0.003), prices={"serper": 0.001})
     server = await serve(http(b"<html>"), http(ANSWER))  # an answer of status 200 is charged, useful or not
     found = await ask(server.port, "a", "b", "c", retries=1, budget=budget)
     assert found[:2] == [HITS, HITS]
@@ -340,3 +340,19 @@ async def test_a_failure_passes_the_filter_of_blocked_domains(serve):
         client = open_search("serper", session, api_key=KEY, endpoint="http://search.test/search")
         failure = await UnblockedSearcher(client, AddressPolicy()).search("who", top_k=10)
     assert failure.kind is FailureKind.AUTH
+
+
+async def test_attempts_start_no_faster_than_the_rate(serve):
+    server, loop = await serve(http(b"", status="500 I"), http(ANSWER)), asyncio.get_running_loop()
+    started_s = loop.time()
+    found = await ask(server.port, "a", "b", "c", max_per_s=20.0, retries=1)
+    assert found == [HITS] * 3
+    assert server.connections == 4
+    assert loop.time() - started_s >= 0.15  # a lower bound: three delays lie between four starts
+
+
+@pytest.mark.parametrize("limits", [{"max_concurrent": 0}, {"max_per_s": 0.0}])
+async def test_a_limit_that_lets_nothing_start(limits):
+    async with open_session() as session:
+        with pytest.raises(ConfigError, match="let none start"):
+            open_search("serper", session, api_key="k", **limits)
