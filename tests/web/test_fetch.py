@@ -253,9 +253,7 @@ URLS = st.one_of(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(URLS, min_size=1, max_size=10))
-def test_no_url_makes_fetch_raise(urls):
+def check_that_no_url_raises(urls):
     async def run():
         async with Fetcher(limits=QUICK, lookup=refuse) as fetcher:
             for url in urls:
@@ -264,6 +262,19 @@ def test_no_url_makes_fetch_raise(urls):
                 assert answer.detail.isprintable()
 
     asyncio.run(run())
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(URLS, min_size=1, max_size=10))
+def test_no_url_makes_fetch_raise(urls):
+    check_that_no_url_raises(urls)
+
+
+@pytest.mark.slow
+@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(URLS, min_size=10, max_size=10))
+def test_no_url_of_40_000_makes_fetch_raise(urls):
+    check_that_no_url_raises(urls)
 
 
 def test_impossible_limits_are_a_config_error():

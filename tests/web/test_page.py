@@ -4,7 +4,7 @@ import json
 import pathlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dr_jax.records import Failure, FailureKind, Page
@@ -245,9 +245,9 @@ def test_no_soup_makes_extract_raise(html, content_type):
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
+@settings(max_examples=100_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(SOUP.map("".join))
-def test_no_soup_of_many_makes_extract_raise(html):
+def test_no_soup_of_100_000_makes_extract_raise(html):
     assert isinstance(page(html.encode("utf-8", "surrogatepass")), Page | Failure)
 
 
