@@ -65,7 +65,8 @@ class Gate:
         site = self._site(name)
         site.visitors += 1
         try:
-            async with asyncio.timeout(self._max_wait_s) as patience:
+            # A timer is most of what a turn costs: it is set only where there is something to wait for.
+            async with asyncio.timeout(None if self._is_free(site) else self._max_wait_s) as patience:
                 async with site.turns:
                     async with site.door:
                         if refusal := await self._until_open(site):
@@ -88,6 +89,10 @@ class Gate:
         """Starts nothing at site `name` for `seconds` (at most a day): its `Retry-After`."""
         site = self._site(name)
         site.held_s = max(site.held_s, self._clock() + min(seconds, _MAX_HOLD_S))
+
+    def _is_free(self, site: _Site) -> bool:
+        crowded = site.turns.locked() or site.door.locked() or self._slots.locked()
+        return not crowded and max(site.next_s, site.held_s) <= self._clock()
 
     async def _until_open(self, site: _Site) -> Failure | None:
         while (wait_s := max(site.next_s, site.held_s) - self._clock()) > 0:
