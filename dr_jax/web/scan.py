@@ -46,9 +46,10 @@ _NAME = re.compile(r"<([a-z][^ \t\n\r\f/>]*+)")
 _QUOTED_END = re.compile(r"""=[ \t\n\r\f]*+(?:"[^">]*+>|'[^'>]*+>)""")  # a ">" in a quoted value
 _SHORT_PIECES = re.compile(rf"(?:[^>]{{0,{_LONG_TAG_CHARS}}}+>)*+")
 _TAG_START = re.compile("</?[a-z]")
+_NESTING = _FORMATTING - _SINGLE
 _SIMPLE = r'(?: [a-z-]++="[^"<>]*+")*+>'
 _LEFT_OPEN = re.compile(  # a formatting element, unless it is over before another one opens
-    rf"<({'|'.join(sorted(_FORMATTING - _SINGLE))})(?![^ \t\n\r\f/>])"
+    rf"<({'|'.join(sorted(_NESTING))})(?![^ \t\n\r\f/>])"
     rf"(?!{_SIMPLE}(?:[^<]++|</?(?:span|a|br){_SIMPLE})*+</\1>)"
 )
 
@@ -63,7 +64,9 @@ def harmless(html: str) -> bool:
     """Whether lower-case `html` has too few tags to reach a limit in any order: most pages do, and a count is cheap."""
     opened = Counter(_NAME.findall(html))
     total = opened.total()
-    at_once = len(_LEFT_OPEN.findall(html)) + 1 + len(_SINGLE)  # formatting elements, at most
+    at_once = 1 + len(_SINGLE) + sum(opened[name] for name in _NESTING)  # formatting elements, at most
+    if at_once * total > _MAX_REOPENED:
+        at_once = 1 + len(_SINGLE) + len(_LEFT_OPEN.findall(html))
     return (
         total - sum(opened[name] for name in _FLAT) <= _MAX_DEPTH
         and html.count("</") <= _MAX_MISNESTED

@@ -51,10 +51,10 @@ class Heading(str):
 _BR = "\0"  # stands for <br>; the parser leaves no such character in a text
 _PARAGRAPH_END = re.compile(rf"{_BR}\s*{_BR}")  # what old pages have for one
 
-# A link that is whole, or only has to be put behind its host or folder: no step begins with a dot or is empty, and the
-# first is no scheme. The rest goes the long way of RFC 3986.
+# A link that is whole, or only has to be put behind its host, its folder or one above: no other step begins with a dot
+# or is empty, and the first is no scheme. The rest goes the long way of RFC 3986.
 _STEP = r"[\w%~+,=()@!$&'*:-][\w%~+,=()@!$&'*:.-]*+"
-_START = r"(?:https?://[a-z0-9.-]++(?::\d++)?)?/|(?![^/?#]*:)"
+_START = r"(?:https?://[a-z0-9.-]++(?::\d++)?)?/|(?:\.\./)++|(?![^/?#]*:)"
 _PLAIN_LINK = re.compile(rf"({_START})({_STEP}(?:/{_STEP})*+/?+(?:\?[!\"$-~]++)?+)(?:#[!-~]*+)?+", re.ASCII)
 
 
@@ -95,6 +95,7 @@ class Walk:
         self._arranged = _around(tree.css(_LAYOUT))
         self._folder = _absolute(self._base, ".") or ""
         self._starts = {"": self._folder, "/": _absolute(self._base, "/") or ""}
+        self._top = _absolute(self._base, "#")
 
     def main_lines(self) -> list[str]:
         """Lines of what is marked as the main part; of the whole body where nothing is, or it holds next to nothing."""
@@ -176,7 +177,7 @@ class Walk:
         return tag == "header" and in_page and node.css_first("h1") is None
 
     def _note_link(self, node: LexborNode) -> None:
-        href = node.attributes.get("href")
+        href = node.attrs.get("href")
         target = self._target(href) if href and len(self.links) < MAX_LINKS else None
         if target and target != self._url and target not in self.links:
             text = clean_line(node.text(), _MAX_TITLE_CHARS)
@@ -184,10 +185,14 @@ class Walk:
                 self.links[target] = text
 
     def _target(self, href: str) -> str | None:
+        if href.startswith("#"):
+            return self._top
         plain = _PLAIN_LINK.fullmatch(href)
         if plain is None or not self._folder or len(self._folder) + len(href) > MAX_URL_CHARS:
             return _absolute(self._base, href)
         start, rest = plain.groups()
+        if start.startswith("..") and start not in self._starts:
+            self._starts[start] = _absolute(self._base, start) or ""
         return self._starts.get(start, start) + rest
 
     def _heading(self, node: LexborNode, depth: int) -> list[str]:
