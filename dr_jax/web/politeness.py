@@ -55,6 +55,7 @@ class Gate:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ):
         self._slots = asyncio.Semaphore(max_concurrent)
+        self._start = asyncio.Lock()  # a thousand requests that begin at once would stop the event loop for a while
         self._max_per_site, self._max_wait_s = max_per_site, max_wait_s
         self._clock, self._sleep = clock, sleep
         self._sites: dict[str, _Site] = {}
@@ -71,6 +72,8 @@ class Gate:
                     async with site.door:
                         if refusal := await self._until_open(site):
                             return refusal
+                        async with self._start:
+                            await asyncio.sleep(0)  # one start, then whatever else is due
                         await self._slots.acquire()
                         site.next_s = self._clock() + delay_s
                     try:
