@@ -45,9 +45,9 @@ def test_the_mean_of_all_pages():
 
 
 # Real pages. The reference is w3m's text of what the documentation's own markup calls its content: `content`, without
-# `around`. It is fair because w3m shares no code with us, renders whatever it is given, and loses and repeats nothing;
-# where the content begins is a fact of each project's page template, which extraction is not told. Words are compared,
-# not lines or marks, which w3m draws as a terminal would. Every n-th page with 2,000 characters of text or more counts.
+# `around`. It is fair because w3m shares no code with us and prints whatever it is given, and because where the content
+# begins is a fact of each project's page template, which extraction is not told. Words are compared, not lines or
+# marks, which w3m draws as a terminal would. Every n-th page with 2,000 characters of text or more counts.
 DOCS = pathlib.Path("/usr/share/doc")
 PACKAGES = {
     "python3-doc": (DOCS / "python3-doc/html", "div.body[role=main]", ".nothing"),
