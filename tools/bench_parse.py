@@ -1,12 +1,18 @@
-"""Pages per second of one core, on generated pages of about 50 KB: `python tools/bench_parse.py [--seconds 10]`.
+"""Pages per second of one core, on pages of about 50 KB: `python tools/bench_parse.py [--seconds 10]`.
 
-Prints the rate of `page.extract` alone, and of a `ParserPool` of one worker."""
+Prints the rate of `page.extract` alone, on a dense page that is made here and on the pages of that size of Debian's
+documentation packages, where there are any (python3-doc, sqlite3-doc, postgresql-doc, apache2-doc); and of a
+`ParserPool` of one worker."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import pathlib
 import time
+from collections.abc import Sequence
+
+from selectolax.lexbor import LexborHTMLParser
 
 from dr_jax.web.page import Response, extract
 from dr_jax.web.workers import ParserPool
@@ -33,12 +39,33 @@ def page() -> Response:
     return Response("http://a.test/wiki/Arn", "text/html; charset=utf-8", html.encode())
 
 
-def inline(response: Response, seconds: float) -> float:
-    """Pages per second of this thread's CPU time."""
+def padded(response: Response) -> Response:
+    """The same with a comment that makes it 50 KiB."""
+    comment = b"<!-- " + b"x" * ((50 << 10) - len(response.body) - 9) + b" -->"
+    return Response(response.url, response.content_type, response.body + comment)
+
+
+def documentation() -> list[Response]:
+    """The pages of 45 to 55 KiB in Debian's documentation packages; none where they are not installed."""
+    folders = ("python3-doc/html", "sqlite3", "postgresql-doc-*/html", "apache2-doc/manual")
+    docs = pathlib.Path("/usr/share/doc")
+    paths = [path for name in folders for folder in sorted(docs.glob(name)) for path in sorted(folder.rglob("*.html"))]
+    sized = [path for path in paths if 45 << 10 <= path.stat().st_size < 55 << 10]
+    return [Response(f"http://a.test{path}", "text/html", path.read_bytes()) for path in sized]
+
+
+def elements(responses: Sequence[Response]) -> float:
+    """Elements of a page, on average."""
+    return sum(len(LexborHTMLParser(response.body).css("*")) for response in responses) / len(responses)
+
+
+def inline(responses: Sequence[Response], seconds: float) -> float:
+    """Pages per second of this thread's CPU time, all of `responses` equally often."""
     count, start_s = 0, time.thread_time()
     while time.thread_time() - start_s < seconds:
-        extract(response)
-        count += 1
+        for response in responses:
+            extract(response)
+        count += len(responses)
     return count / (time.thread_time() - start_s)
 
 
@@ -58,9 +85,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0)
     seconds = parser.parse_args().seconds
-    response = page()
-    print(f"{len(response.body) / 1024:.0f} KiB")
-    print(f"extract: {inline(response, seconds):.0f} pages/s of one core")
+    response = padded(page())
+    for name, responses in (("dense", [response]), ("documentation", documentation())):
+        if responses:
+            rate = inline(responses, seconds)
+            print(f"extract, {name}: {rate:.0f} pages/s of one core; {elements(responses):.0f} elements a page")
     print(f"one worker: {asyncio.run(pooled(response, seconds)):.0f} pages/s")
 
 

@@ -1,4 +1,4 @@
-"""What the web room costs, over loopback: `python tools/bench_web.py [--json] [--pages 2000]`.
+"""What the web room costs, over loopback: `python tools/bench_web.py [--json] [--pages 2000] [--only cache]`.
 
 Ratios compare with raw aiohttp on the same pages in the same run, in turns; every figure comes from a fresh process,
 the pages from a server in another. Needs `openssl` for a certificate. Prints a table, with `--json` one line of JSON
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gzip
 import json
@@ -26,15 +27,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import aiohttp
 import bench_parse
 
+from dr_jax import world
+from dr_jax.agent.chat import Chat
+from dr_jax.agent.presets import PRESETS
 from dr_jax.records import Failure, Page
 from dr_jax.web.cache import Cache
 from dr_jax.web.fetch import Fetcher, Limits
 from dr_jax.web.guard import AddressPolicy
 from dr_jax.web.http import Timeouts
-from dr_jax.web.page import Response
+from dr_jax.web.page import Response, extract
+from dr_jax.web.workers import ParserPool
 
-_BODY = bench_parse.page().body
-_BODY += b"<!-- " + b"x" * ((50 << 10) - len(_BODY) - 9) + b" -->"
+_BODY = bench_parse.padded(bench_parse.page()).body
+_TOKENIZER = pathlib.Path(world.__file__).parent / "checkpoint"
+_RESPONSE = Response("http://good.test/", "text/html; charset=utf-8", _BODY)
 _BOMB_BYTES = 64 << 20  # that a few KB of gzip become
 _AT_ONCE = 128
 _IN_FLIGHT = 1024
@@ -120,9 +126,10 @@ def _p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100)[98]
 
 
-def _peak_mb() -> float:
+def _memory_mb(kind: str) -> float:
+    """`VmRSS`, now; `VmHWM`, the most so far."""
     status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
+    return int(re.search(rf"{kind}:\s*(\d+) kB", status)[1]) / 1024
 
 
 async def _all(
@@ -187,7 +194,7 @@ async def in_flight_1024(port: int, pages: int) -> dict[str, float]:
         rate = await _rate(
             ["http://good.test/slow"] * max(pages, 4 * _IN_FLIGHT), functools.partial(_size, fetcher), _IN_FLIGHT
         )
-    return {"pages_per_s": rate, "rss_mb": _peak_mb(), "lag_p99_ms": _p99(lags)}
+    return {"pages_per_s": rate, "rss_mb": _memory_mb("VmHWM"), "lag_p99_ms": _p99(lags)}
 
 
 async def hostile(port: int, pages: int) -> dict[str, float]:
@@ -208,17 +215,67 @@ async def hostile(port: int, pages: int) -> dict[str, float]:
         async with _fetcher(port, policy=policy) as fetcher:
             fetch = functools.partial(_size, fetcher)
             clean = await _all(["http://good.test/page"] * pages, fetch, _AT_ONCE)
-            before_mb = _peak_mb()
+            before_mb = _memory_mb("VmHWM")
             async with _lag_ms() as lags:
                 answers = await _all(mixed, fetch, _AT_ONCE)
     healthy = [(answer, seconds) for url, answer, seconds in answers if url.endswith("/page")]
     return {
         "healthy_ok": sum(answer == len(_BODY) for answer, _ in healthy) / len(healthy),
         "p99_ratio": _p99([seconds for _, seconds in healthy]) / _p99([seconds for *_, seconds in clean]),
-        "rss_mb": _peak_mb() - before_mb,
+        "rss_mb": _memory_mb("VmHWM") - before_mb,
         "lag_max_ms": max(lags),
         "denied_reached": reached,
     }
+
+
+async def fetch_and_parse(port: int, pages: int) -> dict[str, float]:
+    """Pages fetched and extracted in two parser processes, which share two cores with everything else here."""
+    async with _fetcher(port) as fetcher, ParserPool(2) as pool:
+
+        async def browse(url: str) -> int:
+            answer = await fetcher.fetch(url)
+            return answer if isinstance(answer, Failure) else len((await pool.extract(answer)).segments)
+
+        await _all(["http://good.test/page"] * 16, browse, 16)  # the workers have started
+        start_s = time.monotonic()
+        answers = await _all(["http://good.test/page"] * pages, browse, _AT_ONCE)
+        seconds = time.monotonic() - start_s
+    assert {answer for _, answer, _ in answers} == {len(extract(_RESPONSE).segments)}
+    return {"pages_per_s": pages / seconds}
+
+
+async def soak(port: int, fetches: int) -> dict[str, float]:
+    """One of ten fetches hostile, for long: what grows between a tenth of the way and the end."""
+    urls = [f"http://bad.test/hostile/{i // 10}/1" if i % 10 == 0 else "http://good.test/page" for i in range(fetches)]
+    async with _fetcher(port) as fetcher:
+        states = []
+        for part in (urls[: fetches // 10], urls[fetches // 10 :]):
+            await _all(part, functools.partial(_size, fetcher), _AT_ONCE)
+            await asyncio.sleep(0.1)  # closed connections are noticed
+            states.append((_memory_mb("VmRSS"), len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())))
+    rss_mb, fds, tasks = (after - before for before, after in zip(*states, strict=True))
+    return {"rss_mb_per_10k": rss_mb / (0.9 * fetches / 10_000), "fds": fds, "tasks": tasks}
+
+
+def parse() -> dict[str, float]:
+    """How dense the page is, and the same figure for real pages of its size where there are any."""
+    figures = {"dense_elements": bench_parse.elements([_RESPONSE])}
+    if real := bench_parse.documentation():
+        rate = bench_parse.inline(real, 5.0)
+        figures |= {"documentation_per_s_core": rate, "documentation_elements": bench_parse.elements(real)}
+    return figures
+
+
+def observation(tokenizer: str) -> dict[str, float]:
+    """Milliseconds in which a page becomes 8,192 tokens of a prompt; the event loop waits for them."""
+    chat, preset = Chat.load(tokenizer), dataclasses.replace(PRESETS["deepresearcher"], observation_tokens=8192)
+    text = "\n".join(extract(_RESPONSE).segments) * 4
+    times_ms = []
+    for _ in range(200):
+        start_s = time.monotonic()
+        chat.reply(preset, [], text)
+        times_ms.append(1e3 * (time.monotonic() - start_s))
+    return {"encode_p99_ms": _p99(times_ms), "encode_median_ms": statistics.median(times_ms)}
 
 
 async def cache(pages: int) -> dict[str, float]:
@@ -240,14 +297,21 @@ async def cache(pages: int) -> dict[str, float]:
     return {"hits_per_s": rates[1], "writes_per_s": rates[0]}
 
 
-def _measure(name: str, ports: tuple[int, int], pages: int) -> object:
+def _measure(name: str, ports: tuple[int, int], options: argparse.Namespace) -> object:
+    pages = options.pages
     if name == "parse_pages_per_s_core":
-        return bench_parse.inline(Response("http://good.test/", "text/html; charset=utf-8", _BODY), 5.0)
+        return bench_parse.inline([_RESPONSE], 5.0)
+    if name == "parse":
+        return parse()
+    if name == "observation":
+        return observation(options.tokenizer)
     return asyncio.run(
         {
             "guarded_vs_raw": lambda: guarded_vs_raw("http", ports[0], pages),
             "guarded_vs_raw_tls": lambda: guarded_vs_raw("https", ports[1], pages),
             "in_flight_1024": lambda: in_flight_1024(ports[0], pages),
+            "fetch_and_parse": lambda: fetch_and_parse(ports[0], pages),
+            "soak": lambda: soak(ports[0], options.soak_fetches),
             "hostile": lambda: hostile(ports[0], pages),
             "cache": lambda: cache(pages),
         }[name]()
@@ -256,7 +320,10 @@ def _measure(name: str, ports: tuple[int, int], pages: int) -> object:
 
 # The command --------------------------------------------------------------------------------------------------------
 
-FIGURES = ("guarded_vs_raw", "guarded_vs_raw_tls", "parse_pages_per_s_core", "in_flight_1024", "hostile", "cache")
+FIGURES = (
+    *("guarded_vs_raw", "guarded_vs_raw_tls", "parse_pages_per_s_core", "parse", "fetch_and_parse", "in_flight_1024"),
+    *("hostile", "observation", "cache", "soak"),
+)
 
 
 def _certificate(folder: str) -> str:
@@ -270,24 +337,25 @@ def _certificate(folder: str) -> str:
     return path
 
 
-def run(pages: int) -> dict[str, object]:
-    """Every figure, each from a process of its own."""
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """The figures, each from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         certificate = _certificate(folder)
         here = (sys.executable, __file__)
         with subprocess.Popen([*here, "--serve", certificate], stdin=-1, stdout=-1, text=True) as server:
             ports = server.stdout.readline().split()
+            asked = [f"--{name}={getattr(options, name)}" for name in ("pages", "soak_fetches", "tokenizer")]
             trusting = {**os.environ, "SSL_CERT_FILE": certificate}
             return {
                 name: json.loads(
                     subprocess.run(
-                        [*here, "--pages", str(pages), "--measure", name, *ports],
+                        [*here, *asked, "--measure", name, *ports],
                         env=trusting,
                         check=True,
                         stdout=subprocess.PIPE,
                     ).stdout
                 )
-                for name in FIGURES
+                for name in options.only
             }
 
 
@@ -296,6 +364,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one line of JSON after the table")
     parser.add_argument("--pages", type=int, default=2000, help="of each measurement")
+    parser.add_argument("--soak_fetches", type=int, default=20_000, help="of the soak; 100,000 take minutes")
+    parser.add_argument("--tokenizer", default=str(_TOKENIZER), help="a directory; the embedded world's is a small one")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="some of the figures")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -303,9 +374,9 @@ def main() -> None:
         asyncio.run(_serve(options.serve))
     elif options.measure:
         name, *ports = options.measure
-        print(json.dumps(_measure(name, (int(ports[0]), int(ports[1])), options.pages)))
+        print(json.dumps(_measure(name, (int(ports[0]), int(ports[1])), options)))
     else:
-        _report(run(options.pages), options.json)
+        _report(run(options), options.json)
 
 
 def _report(figures: dict[str, object], as_json: bool) -> None:
@@ -314,7 +385,7 @@ def _report(figures: dict[str, object], as_json: bool) -> None:
         for part, number in parts:
             print(f"{f'{name} {part}':40} {number:10.3f}")
     if as_json:
-        ratios = {name: figures[name]["ratio"] for name in ("guarded_vs_raw", "guarded_vs_raw_tls")}
+        ratios = {name: figures[name]["ratio"] for name in figures if name.startswith("guarded")}
         print(json.dumps({**figures, **ratios}))
 
 

@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Self
 
 import aiohttp
@@ -82,13 +81,15 @@ class _Clock:
         self._left_s = total_s
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        started_s = time.monotonic()
+    async def running(self, response_s: float) -> AsyncIterator[Callable[[], None]]:
+        """Times out when nothing is left, or after `response_s`, until what it gives is called: a response came."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
         try:
-            async with asyncio.timeout(self._left_s):
-                yield
+            async with asyncio.timeout(min(self._left_s, response_s)) as deadline:
+                yield lambda: deadline.reschedule(started_s + self._left_s)
         finally:
-            self._left_s -= time.monotonic() - started_s
+            self._left_s -= loop.time() - started_s
 
 
 class Fetcher:
@@ -201,10 +202,10 @@ class Fetcher:
 
     async def _exchange(self, url: URL, want: _Want, clock: _Clock) -> Response | URL | Failure:
         try:
-            async with clock.running():
-                async with asyncio.timeout(self._limits.timeouts.response_s):
-                    response = await self._session.get(url, allow_redirects=False, headers={"Accept": want.accept})
+            async with clock.running(self._limits.timeouts.response_s) as responded:
+                response = await self._session.get(url, allow_redirects=False, headers={"Accept": want.accept})
                 async with response:
+                    responded()
                     return await self._read(url, want, response)
         # The border: hostile input made aiohttp and yarl raise IndexError, AssertionError, LookupError and more, and
         # one page must never end a rollout.

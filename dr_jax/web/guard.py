@@ -66,6 +66,8 @@ class AddressPolicy:
 
     def blocked_domain(self, host: str) -> str | None:
         """The domain in `blocked_domains` that `host` is or lies under, or None."""
+        if not self.blocked_domains:
+            return None
         labels = site_name(host).split(".")
         return next((d for i in range(len(labels)) if (d := ".".join(labels[i:])) in self.blocked_domains), None)
 

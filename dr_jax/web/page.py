@@ -9,7 +9,6 @@ Parsing is CPU work on hostile input: `workers` runs `extract` in processes; nev
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -71,7 +70,7 @@ def _is_html(content_type: str, text: str) -> bool:
 
 def page_of(url: str, title: str, lines: list[str], links: dict[str, str], max_segment_chars: int) -> Page | Failure:
     """A page with `lines` cut to segments, past `MAX_CHARS` left out; `links` are URL -> text."""
-    runs = list(_segments(_capped(filter(None, lines)), max_segment_chars))
+    runs = list(_segments(_capped(list(filter(None, lines))), max_segment_chars))
     if not runs:
         return Failure(FailureKind.EMPTY, "no text")
     segments = tuple("\n".join(run) for run in runs)
@@ -95,28 +94,27 @@ def from_plain(plain: Mapping[str, Any]) -> Page | Failure:
     raise ValueError("neither a page nor a failure")
 
 
-def _capped(lines: Iterable[str]) -> Iterator[str]:
+def _capped(lines: list[str]) -> list[str]:
     left = MAX_CHARS
-    for line in lines:
+    for number, line in enumerate(lines):
         if len(line) > left:
-            yield from filter(None, (line[:left].rstrip(), _TRUNCATED))
-            return
+            return [*lines[:number], *filter(None, (line[:left].rstrip(),)), _TRUNCATED]
         left -= len(line) + 1
-        yield line
+    return lines
 
 
 # Segments -----------------------------------------------------------------------------------------------------------
 
 
-def _segments(lines: Iterable[str], max_chars: int) -> Iterator[list[str]]:
+def _segments(lines: list[str], max_chars: int) -> Iterator[list[str]]:
     """Runs of lines, at most `max_chars` long. A heading opens a new one once the last is half full; it never ends one
     where it fits the next."""
     run: list[str] = []
     size = 0  # of the run, a line break after each line included
-    for piece in itertools.chain.from_iterable(
-        (line,) if len(line) <= max_chars else _pieces(line, max_chars) for line in lines
-    ):
-        if run and (size + len(piece) > max_chars or (isinstance(piece, Heading) and size > max_chars // 2)):
+    if max(map(len, lines), default=0) > max_chars:
+        lines = [piece for line in lines for piece in ((line,) if len(line) <= max_chars else _pieces(line, max_chars))]
+    for piece in lines:
+        if run and (size + len(piece) > max_chars or (size > max_chars // 2 and isinstance(piece, Heading))):
             end = max((i for i, line in enumerate(run, 1) if not isinstance(line, Heading)), default=0)
             size = sum(len(line) + 1 for line in run[end:])
             if end == 0 or size + len(piece) > max_chars:

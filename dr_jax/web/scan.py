@@ -8,6 +8,7 @@ parser that takes the worse side in doubt; it is not a proof.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 _MAX_DEPTH = 1000  # lexbor is quadratic in it: 0.1 s at 10,000, a minute at 100,000; browsers stop at 512
@@ -39,14 +40,61 @@ _FLAT = frozenset(
     )
 )
 
+# What `harmless` counts. A name ends where `_TAG` ends it, and what hides tags (a comment, a script, a quoted value)
+# ends with a character that no name holds: every tag is counted, and some that are none.
+_NAME = re.compile(r"<([a-z][^ \t\n\r\f/>]*+)")
+_QUOTED_END = re.compile(r"""=[ \t\n\r\f]*+(?:"[^">]*+>|'[^'>]*+>)""")  # a ">" in a quoted value
+_SHORT_PIECES = re.compile(rf"(?:[^>]{{0,{_LONG_TAG_CHARS}}}+>)*+")
+_TAG_START = re.compile("</?[a-z]")
+_NESTING = _FORMATTING - _SINGLE
+_SIMPLE = r'(?: [a-z-]++="[^"<>]*+")*+>'
+_LEFT_OPEN = re.compile(  # a formatting element, unless it is over before another one opens
+    rf"<({'|'.join(sorted(_NESTING))})(?![^ \t\n\r\f/>])"
+    rf"(?!{_SIMPLE}(?:[^<]++|</?(?:span|a|br){_SIMPLE})*+</\1>)"
+)
+
 
 def excess(html: str) -> str | None:
     """What in `html` would cost the parser more than a page may, or None."""
+    html = html.lower()
+    return None if harmless(html) else modelled(html)
+
+
+def harmless(html: str) -> bool:
+    """Whether lower-case `html` has too few tags to reach a limit in any order: most pages do, and a count is cheap."""
+    opened = Counter(_NAME.findall(html))
+    total = opened.total()
+    at_once = 1 + len(_SINGLE) + sum(opened[name] for name in _NESTING)  # formatting elements, at most
+    if at_once * total > _MAX_REOPENED:
+        at_once = 1 + len(_SINGLE) + len(_LEFT_OPEN.findall(html))
+    return (
+        total - sum(opened[name] for name in _FLAT) <= _MAX_DEPTH
+        and html.count("</") <= _MAX_MISNESTED
+        and at_once * total <= _MAX_REOPENED
+        and opened["option"] <= _MAX_OPTIONS
+        and _QUOTED_END.search(html) is None
+        and _short_tags(html)
+    )
+
+
+def _short_tags(html: str) -> bool:
+    """Whether no tag is longer than `_LONG_TAG_CHARS`, where each ends at the first ">"."""
+    start = 0
+    while (start := _SHORT_PIECES.match(html, start).end()) < len(html):
+        end = html.find(">", start) + 1 or len(html)
+        if _TAG_START.search(html, start, max(start, end - _LONG_TAG_CHARS)):
+            return False
+        start = end
+    return True
+
+
+def modelled(html: str) -> str | None:
+    """What the model of the parser finds in lower-case `html`, tag by tag."""
     stack: list[str] = []
     opened: dict[str, int] = {}  # how many of the stack have this name
     active = dict.fromkeys(_FORMATTING, 0)  # formatting elements: an end tag of another element does not end them
     formatting = reopened = misnested = options = 0
-    for end_mark, name, attributes in _tags(html.lower()):
+    for end_mark, name, attributes in _tags(html):
         if len(attributes) > _LONG_TAG_CHARS and _count_up_to(_ATTRIBUTE, attributes, _MAX_ATTRIBUTES):
             return f"a tag with more than {_MAX_ATTRIBUTES} attributes"
         if name in _FORMATTING:

@@ -27,9 +27,13 @@ _UNSAFE = re.compile(
 
 def clean_line(text: str, max_chars: int | None = None) -> str:
     """`text` on one line: runs of white space are one space, and no character can break a terminal or an encoder."""
-    line = " ".join(text.split())
-    if not line.isprintable():
-        line = " ".join(_UNSAFE.sub("", text).split())
+    line = text.replace("\n", " ")
+    if line.isprintable() and "  " not in line:  # in print, a space is the only white space
+        line = line.strip(" ")
+    else:
+        line = " ".join(text.split())
+        if not line.isprintable():
+            line = " ".join(_UNSAFE.sub("", text).split())
     return line if max_chars is None else line[:max_chars].rstrip()
 
 

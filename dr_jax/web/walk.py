@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from urllib.parse import urldefrag, urljoin
@@ -19,10 +20,11 @@ _DROPPED_TAGS = frozenset(
         "textarea label dialog head title"
     )
 )
+_DROPPED_ROLES = frozenset(str.split("navigation banner contentinfo search dialog"))
 _DROPPED = (
-    "[hidden], [aria-hidden=true], [role=navigation], [role=banner], [role=contentinfo], [role=search], [role=dialog], "
-    "[style*='display:none'], [style*='display: none'], .mw-editsection, .mw-jump-link, .navbox, .noprint, "
-    "sup.reference, .cookie-banner, .cookie-consent, .cc-window, #onetrust-consent-sdk, #CybotCookiebotDialog"
+    "[hidden], [aria-hidden=true], [style*='display:none'], [style*='display: none'], .mw-editsection, .mw-jump-link, "
+    ".navbox, .noprint, sup.reference, .cookie-banner, .cookie-consent, .cc-window, #onetrust-consent-sdk, "
+    "#CybotCookiebotDialog"
 )
 _INFOBOX = ".infobox, .portable-infobox"
 _LAYOUT = "table, h1, h2, h3, h4"  # a table with one of these in it arranges a page; it is not data
@@ -32,6 +34,9 @@ _BLOCKS = frozenset(
         "address article aside blockquote body caption center dd details div dt fieldset figcaption figure footer form "
         "header hgroup hr legend li main p section summary table tbody td tfoot th thead tr"
     )
+)
+_INLINE = frozenset(
+    str.split("a abbr b bdi big cite code em font i ins kbd mark q s samp small span strong sub sup time tt u var")
 )
 _MAX_WALK_DEPTH = 120  # below it, text without structure; Python allows 1,000 frames, a level takes up to four
 _SPARSE_CHARS = 200
@@ -46,10 +51,10 @@ class Heading(str):
 _BR = "\0"  # stands for <br>; the parser leaves no such character in a text
 _PARAGRAPH_END = re.compile(rf"{_BR}\s*{_BR}")  # what old pages have for one
 
-# A link that is whole, or only has to be put behind its host or folder: no step begins with a dot or is empty, and the
-# first is no scheme. The rest goes the long way of RFC 3986.
+# A link that is whole, or only has to be put behind its host, its folder or one above: no other step begins with a dot
+# or is empty, and the first is no scheme. The rest goes the long way of RFC 3986.
 _STEP = r"[\w%~+,=()@!$&'*:-][\w%~+,=()@!$&'*:.-]*+"
-_START = r"(?:https?://[a-z0-9.-]++(?::\d++)?)?/|(?![^/?#]*:)"
+_START = r"(?:https?://[a-z0-9.-]++(?::\d++)?)?/|(?:\.\./)++|(?![^/?#]*:)"
 _PLAIN_LINK = re.compile(rf"({_START})({_STEP}(?:/{_STEP})*+/?+(?:\?[!\"$-~]++)?+)(?:#[!-~]*+)?+", re.ASCII)
 
 
@@ -64,15 +69,16 @@ class _Lines:
         self._br_ends_line = br_ends_line
 
     def end_block(self) -> None:
-        if self.inline:
-            text = "".join(self.inline)
-            self.inline.clear()
-            if _BR not in text:
-                lines = (text,)
-            else:  # in a table cell a <br> separates values
-                lines = text.split(_BR) if self._br_ends_line else _PARAGRAPH_END.split(text)
-                lines = [line.replace(_BR, " ") for line in lines]
-            self.done.extend(filter(None, map(clean_line, lines)))
+        if not self.inline:
+            return
+        text = "".join(self.inline)
+        self.inline.clear()
+        if _BR not in text:
+            if line := clean_line(text):
+                self.done.append(line)
+        else:  # in a table cell a <br> separates values
+            lines = text.split(_BR) if self._br_ends_line else _PARAGRAPH_END.split(text)
+            self.done.extend(filter(None, (clean_line(line.replace(_BR, " ")) for line in lines)))
 
 
 class Walk:
@@ -84,10 +90,12 @@ class Walk:
         base = tree.css_first("base[href]")
         self._base = _absolute(url, base.attributes.get("href") or "") or url if base else url
         self._infoboxes = {node.mem_id for node in tree.css(_INFOBOX)}
-        self._dropped = {node.mem_id for node in tree.css(_DROPPED)} - self._infoboxes
+        roles = (node for node in tree.css("[role]") if node.attributes["role"] in _DROPPED_ROLES)
+        self._dropped = {node.mem_id for node in itertools.chain(tree.css(_DROPPED), roles)} - self._infoboxes
         self._arranged = _around(tree.css(_LAYOUT))
         self._folder = _absolute(self._base, ".") or ""
         self._starts = {"": self._folder, "/": _absolute(self._base, "/") or ""}
+        self._top = _absolute(self._base, "#")
 
     def main_lines(self) -> list[str]:
         """Lines of what is marked as the main part; of the whole body where nothing is, or it holds next to nothing."""
@@ -109,26 +117,41 @@ class Walk:
         self, node: LexborNode, depth: int = 0, *, in_page: bool = False, br_ends_line: bool = False
     ) -> list[str]:
         """The blocks inside `node`, a line each. `in_page`: not inside an article, so <header> is the site's."""
-        first = node.first_child
-        if first is not None and first.tag == "-text" and first.next is None:
-            return list(filter(None, (clean_line(first.text_content or ""),)))
+        text = _only_text(node)
+        if text is not None:
+            line = clean_line(text)
+            return [line] if line else []
         out = _Lines(br_ends_line=br_ends_line)
         self._render(node, out, depth, in_page)
         out.end_block()
         return out.done
 
     def _render(self, node: LexborNode, out: _Lines, depth: int, in_page: bool) -> None:
-        for child in node.iter(include_text=True):
-            if child.tag == "-text":
-                out.inline.append(child.text_content or "")
+        inline, dropped = out.inline, self._dropped
+        child = node.first_child
+        while child is not None:
+            tag = child.tag
+            if tag == "-text":
+                text = child.text_content or ""
+                if inline or not text.isspace():  # a line does not begin with white space
+                    inline.append(text)
+            elif tag in _INLINE and depth < _MAX_WALK_DEPTH and child.mem_id not in dropped:
+                if tag == "a":
+                    self._note_link(child)
+                text = _only_text(child)
+                if text is None:
+                    self._render(child, out, depth + 1, in_page)
+                else:
+                    inline.append(text)
             else:
                 self._render_one(child, out, depth, in_page)
+            child = child.next
 
     def _render_one(self, node: LexborNode, out: _Lines, depth: int, in_page: bool = False) -> None:
         tag = node.tag or ""  # lexbor has no name for a processing instruction
         if tag == "br":
             out.inline.append(_BR)
-        elif self._skipped(node, tag, in_page):
+        elif node.mem_id in self._dropped or (tag not in _KEPT and self._skipped(node, tag, in_page)):
             return
         elif depth > _MAX_WALK_DEPTH:
             out.inline.append(node.text(separator=" "))
@@ -145,7 +168,7 @@ class Walk:
                 out.end_block()
 
     def _skipped(self, node: LexborNode, tag: str, in_page: bool) -> bool:
-        if not tag[:1].isalpha() or node.mem_id in self._dropped:
+        if not tag[:1].isalpha():
             return True
         if tag in _DROPPED_TAGS:
             return node.mem_id not in self._infoboxes
@@ -154,7 +177,7 @@ class Walk:
         return tag == "header" and in_page and node.css_first("h1") is None
 
     def _note_link(self, node: LexborNode) -> None:
-        href = node.attributes.get("href")
+        href = node.attrs.get("href")
         target = self._target(href) if href and len(self.links) < MAX_LINKS else None
         if target and target != self._url and target not in self.links:
             text = clean_line(node.text(), _MAX_TITLE_CHARS)
@@ -162,10 +185,14 @@ class Walk:
                 self.links[target] = text
 
     def _target(self, href: str) -> str | None:
+        if href.startswith("#"):
+            return self._top
         plain = _PLAIN_LINK.fullmatch(href)
         if plain is None or not self._folder or len(self._folder) + len(href) > MAX_URL_CHARS:
             return _absolute(self._base, href)
         start, rest = plain.groups()
+        if start.startswith("..") and start not in self._starts:
+            self._starts[start] = _absolute(self._base, start) or ""
         return self._starts.get(start, start) + rest
 
     def _heading(self, node: LexborNode, depth: int) -> list[str]:
@@ -175,10 +202,12 @@ class Walk:
     def _list(self, node: LexborNode, depth: int) -> list[str]:
         out = []
         for item in node.iter():
-            if item.tag == "li" and item.mem_id not in self._dropped:
-                first, *rest = self.lines(item, depth) or [""]
-                out += [f"- {first}"] * bool(first) + [f"  {line}" for line in rest]
-            elif item.tag != "li":  # a list right inside a list
+            if item.tag == "li":
+                if item.mem_id not in self._dropped and (lines := self.lines(item, depth)):
+                    if lines[0]:
+                        out.append(f"- {lines[0]}")
+                    out.extend(f"  {line}" for line in lines[1:])
+            else:  # a list right inside a list
                 inner = _Lines(br_ends_line=False)
                 self._render_one(item, inner, depth)
                 inner.end_block()
@@ -209,11 +238,15 @@ class Walk:
             if row.tag == "caption":
                 out.append(_joined(self.lines(row, depth)))
                 continue
-            cells = [cell for cell in row.iter() if cell.tag in ("th", "td") and cell.mem_id not in self._dropped]
-            texts = [_joined(self.lines(cell, depth, br_ends_line=True)) for cell in cells]
-            keyed = infobox or [cell.tag for cell in cells] == ["th", "td"]
+            tags, texts = [], []
+            for cell in row.iter():
+                tag = cell.tag
+                if tag in ("th", "td") and cell.mem_id not in self._dropped:
+                    tags.append(tag)
+                    texts.append(_joined(self.lines(cell, depth, br_ends_line=True)))
             if any(texts):
-                out.append(f"{texts[0]}: {texts[1]}" if keyed and len(texts) == 2 and all(texts) else " | ".join(texts))
+                keyed = (infobox and len(tags) == 2) or tags == ["th", "td"]
+                out.append(f"{texts[0]}: {texts[1]}" if keyed and all(texts) else " | ".join(texts))
         return out
 
     def _preformatted(self, node: LexborNode, depth: int) -> list[str]:
@@ -231,6 +264,15 @@ _STRUCTURES = {
     "table": Walk._table,
     "pre": Walk._preformatted,
 }
+_KEPT = frozenset((*_STRUCTURES, *_INLINE, *_BLOCKS)) - _DROPPED_TAGS - {"form", "header"}
+
+
+def _only_text(node: LexborNode) -> str | None:
+    """The text of `node` where nothing else is in it."""
+    first = node.first_child
+    if first is None or first.next is not None or first.tag != "-text":
+        return None
+    return first.text_content or ""
 
 
 def _parts(node: LexborNode, tags: tuple[str, ...], through: tuple[str, ...]) -> Iterator[LexborNode]:
@@ -256,8 +298,10 @@ def _around(nodes: Iterable[LexborNode]) -> set[int]:
 def _joined(lines: list[str]) -> str:
     """Lines as one: sentences follow each other, other things are listed with commas, and code is not fenced."""
     out = ""
-    for line in (line.strip().removeprefix("- ") for line in lines if line.strip("`")):
-        out += (" " if out.endswith((".", "!", "?", ":", ";", ",")) else ", ") + line if out else line
+    for line in lines:
+        if line.strip("`"):
+            line = line.strip().removeprefix("- ")
+            out += (" " if out.endswith((".", "!", "?", ":", ";", ",")) else ", ") + line if out else line
     return out
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import os
+import random
 import shutil
 import socket
 import ssl
@@ -291,17 +292,47 @@ URLS = st.one_of(
 )
 
 
+async def check(urls) -> None:
+    async with Fetcher(limits=QUICK, lookup=refuse) as fetcher:
+        for url in urls:
+            answer = await fetcher.fetch(url)
+            assert isinstance(answer, Failure)
+            assert answer.detail.isprintable()
+
+
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(URLS, min_size=1, max_size=10))
 def test_no_url_makes_fetch_raise(urls):
-    async def run():
-        async with Fetcher(limits=QUICK, lookup=refuse) as fetcher:
-            for url in urls:
-                answer = await fetcher.fetch(url)
-                assert isinstance(answer, Failure)
-                assert answer.detail.isprintable()
+    asyncio.run(check(urls))
 
-    asyncio.run(run())
+
+@pytest.mark.slow
+async def test_no_url_of_40_000_makes_fetch_raise():
+    """Drawn without hypothesis, which takes minutes for as many."""
+    draw = random.Random(0)
+    starts = [
+        "",
+        "//",
+        "http://",
+        "https://",
+        "HTTP:",
+        "http://[",
+        "https://a.",
+        "http://1.",
+        "http://a.test:",
+        "ftp://",
+    ]
+    alphabet = "ab.1:/@?#[]%\\ \t\n\x00-_~;=&+éßİﬀ０①。．\u200d\u202e\ud800\U0001f600xn--"
+
+    def some(characters: int) -> str:
+        wild = (chr(draw.randrange(0x3000)) for _ in range(draw.randrange(3)))
+        return "".join((*draw.choices(alphabet, k=draw.randrange(characters)), *wild))
+
+    def url() -> str:
+        host = some(30) if draw.random() < 0.5 else "".join(draw.choices("abcé1-", k=6)) + ".test"
+        return f"{draw.choice(starts)}{host}{draw.choice(['', '/', '/', '/?', ':80/'])}{some(12)}"
+
+    await check(url() for _ in range(40_000))
 
 
 def test_impossible_limits_are_a_config_error():

@@ -218,3 +218,22 @@ async def test_fetchers_on_several_hosts_keep_the_delay_together(serve):
 def test_there_is_at_least_one_pipeline():
     with pytest.raises(ConfigError, match="pipelines: 0 is less than 1"):
         Manners(pipelines=0)
+
+
+async def test_requests_that_begin_at_once_leave_the_event_loop_its_turn():
+    gate = Gate(max_concurrent=20, max_per_site=20, max_wait_s=10.0)
+    turns_of_the_loop, starts = 0, []
+
+    async def count():
+        nonlocal turns_of_the_loop
+        while True:
+            turns_of_the_loop += 1
+            await asyncio.sleep(0)
+
+    async def ask():
+        starts.append(turns_of_the_loop)
+
+    counting = asyncio.create_task(count())
+    await asyncio.gather(*(gate.turn(f"{i % 2}.test", ask) for i in range(20)))
+    counting.cancel()
+    assert len(set(starts)) == 20

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dr_jax.web.page import Response, extract
-from dr_jax.web.scan import excess
+from dr_jax.web.scan import excess, harmless, modelled
 
 FORMATTING = "".join(f"<font color={i}>" for i in range(1000))
 BOMBS = {
@@ -54,3 +56,24 @@ def test_a_sloppy_page_is_read(html):
     assert excess(HARMLESS[html]) is None
     page = extract(Response("http://a.test/", "text/html", HARMLESS[html].encode()))
     assert "x" in page.segments[0]
+
+
+PIECE = st.one_of(
+    st.sampled_from(["<b>", "</b>", "<font color=x>", "<i ", "<a>", "<p>", "<div>", "</div>", "<option>", "<span>"]),
+    st.sampled_from(["<!--", "-->", "<script>", "</script>", "<textarea>", "</textarea>", "<svg>", "<x<b>y</b>"]),
+    st.sampled_from(["<", ">", "/", '"', "'", "=", ' a="', ' a="<b>x</b>"', ' "=">', "x", " ", "\n"]),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(PIECE, max_size=4), st.lists(PIECE, min_size=1, max_size=6), st.sampled_from([1, 400, 1100, 2100]))
+def test_what_a_count_calls_harmless_is_harmless_to_the_model(start, unit, times):
+    html = "".join(start) + "".join(unit) * times
+    assert not harmless(html) or modelled(html) is None
+
+
+def test_a_count_is_enough_for_an_ordinary_page():
+    part = '<h2 id="p">Part</h2><p>Of <code class="x"><span>it</span></code> and <b>more</b>.<ul><li>One<li>Two</ul>'
+    assert harmless(part * 150)
+    assert harmless(f"<p>x<!-- {'x' * 100_000} -->")
+    assert not harmless(f"<p {'x' * 100_000}>")
