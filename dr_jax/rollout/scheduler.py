@@ -14,7 +14,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from dr_jax.errors import RolloutHalted
-from dr_jax.records import Episode, Question, Role, StopReason
+from dr_jax.metrics import policy_lag
+from dr_jax.records import Episode, Question, StopReason
 
 log = logging.getLogger(__name__)
 
@@ -169,11 +170,6 @@ async def run_groups(
         max_in_flight=max_in_flight,
     ) as scheduler:
         return await scheduler.take(0, on_episode)
-
-
-def policy_lag(episode: Episode, step: int) -> int:
-    """How many steps older than version `step` the weights were that drew the episode's oldest trained call."""
-    return step - min((call.version for call in episode.calls if call.role is Role.POLICY), default=step)
 
 
 def check_health(groups: Sequence[Group], *, max_infra_fraction: float) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from dr_jax.errors import RolloutHalted
+from dr_jax.metrics import policy_lag
 from dr_jax.records import Call, Episode, Failure, FailureKind, Finish, Question, Role, StopReason, ToolUse
-from dr_jax.rollout.scheduler import Scheduler, check_health, policy_lag, run_groups
+from dr_jax.rollout.scheduler import Scheduler, check_health, run_groups
 
 QUESTIONS = [Question(str(i), f"question {i}", ("a",)) for i in range(5)]
 NONE = np.zeros(0, np.int32)
