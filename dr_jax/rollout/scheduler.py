@@ -114,6 +114,7 @@ class Scheduler:
             async with asyncio.TaskGroup() as episodes:
                 async for step, row, question, rollout in self._next_starts():
                     episodes.create_task(self._one(step, row, question, rollout))
+                    await asyncio.sleep(0)  # openings are encoded one at a time; others get their turn in between
         except ExceptionGroup as broken:  # of one: episodes do not raise
             raise broken.exceptions[0] from None
 

@@ -46,7 +46,7 @@ async def test_the_bound_on_episodes_in_flight_holds_and_is_used():
         nonlocal running, peak
         running += 1
         peak = max(peak, running)
-        await turns(3)
+        await turns(30)
         running -= 1
         return Episode(question, rollout, (CALL,), (), StopReason.ANSWERED)
 
@@ -188,7 +188,7 @@ async def test_an_episode_goes_on_while_the_weights_change_and_is_trained_in_its
 
 
 async def test_the_bound_on_episodes_in_flight_holds_over_all_steps():
-    rollouts = Rollouts()
+    rollouts = Rollouts(lambda step, question, rollout: 30)
     await train(rollouts, steps=range(5), lag=3, in_flight=4)
     assert rollouts.peak == 4
 
