@@ -297,8 +297,8 @@ class Pod:
         await self.meet.wait()
 
     async def run(self, train: Train) -> Report:
-        """Four steps of a full pipeline, and those before and after them."""
-        steps = 5 + 2 * self.report.lag
+        """Eight steps of a full pipeline, and those before and after them."""
+        steps = 9 + 2 * self.report.lag
         serving = [asyncio.create_task(engine.serve()) for engine in self.engines]
         async with asyncio.TaskGroup() as hosts:
             for host in range(self.costs.hosts):

@@ -95,9 +95,9 @@ def test_the_schedule_changes_when_episodes_run_and_not_which(sim):
 
     marching = run(sim.lock_step)
     reports = [run(sim.scheduled(in_flight=16, max_policy_lag=lag), lag) for lag in (0, 1)]
-    assert [len(report.steps) for report in (marching, *reports)] == [5, 5, 7]
+    assert [len(report.steps) for report in (marching, *reports)] == [9, 9, 11]
     assert all(set(report.stops) == {"answered"} for report in (marching, *reports))
-    assert reports[0].stops["answered"] == 5 * 8 * 4
+    assert reports[0].stops["answered"] == 9 * 8 * 4
     slow_s, step_s = marching.step_s(), [report.step_s() for report in reports]
     assert slow_s > step_s[0] > step_s[1]
     assert run(sim.scheduled(in_flight=16, max_policy_lag=1), 1).steps == reports[1].steps
