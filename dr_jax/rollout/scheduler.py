@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -75,8 +74,9 @@ class Scheduler:
 
     async def __aexit__(self, *_: object) -> None:
         self._starting.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):  # `take` has raised what there was to raise
-            await self._starting
+        await asyncio.wait([self._starting])
+        if not self._starting.cancelled():
+            self._starting.exception()  # `take` has raised it where anybody waited
 
     async def take(self, step: int, on_episode: Callable[[Episode], None] = lambda episode: None) -> tuple[Group, ...]:
         """The groups of `step`, in question order, once all of their episodes have ended.
@@ -160,6 +160,7 @@ async def run_groups(
     rollouts: int,
     run_episode: Callable[[Question, int], Awaitable[Episode]],
     max_in_flight: int,
+    admit: Callable[[], Awaitable[None]] = _at_once,
     on_episode: Callable[[Episode], None] = lambda episode: None,
 ) -> tuple[Group, ...]:
     """The groups of `questions`, in their order: one step alone, such as an evaluation."""
@@ -169,6 +170,7 @@ async def run_groups(
         steps=range(1),
         rollouts=rollouts,
         max_in_flight=max_in_flight,
+        admit=admit,
     ) as scheduler:
         return await scheduler.take(0, on_episode)
 
