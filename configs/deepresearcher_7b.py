@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
     config.rollout.rollouts = 16
     config.rollout.max_in_flight = 1024  # several times the slots: a rollout that waits for the web holds none
     config.rollout.max_memory_fraction = 0.8  # of the host's; above it no episode starts
+    config.rollout.max_policy_lag = 0  # the reference's; 1 overlaps the update with rollouts, and needs grpo.tis_cap
     config.rollout.max_infra_fraction = 0.2
 
     config.engine = ConfigDict()
@@ -121,6 +122,7 @@ def get_config() -> ConfigDict:
     config.grpo = ConfigDict()
     config.grpo.advantage = "std"
     config.grpo.old_logp = "learner"  # one update per batch: the ratio is 1
+    config.grpo.tis_cap = 0.0  # 2.0 where weights may lag
     config.grpo.equal_groups = "keep"  # as the reference; they still carry the KL and the entropy term
     config.grpo.clip_low = 0.2
     config.grpo.clip_high = 0.2

@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
     config.rollout.rollouts = 8
     config.rollout.max_in_flight = 128  # all of them: each keeps a slot of its own
     config.rollout.max_memory_fraction = 0.8  # of the host's; above it no episode starts
+    config.rollout.max_policy_lag = 0  # the reference's; 1 overlaps the update with rollouts, and needs grpo.tis_cap
     config.rollout.max_infra_fraction = 0.2
 
     config.engine = ConfigDict()
@@ -115,6 +116,7 @@ def get_config() -> ConfigDict:
     config.grpo = ConfigDict()
     config.grpo.advantage = "std"  # as the reference
     config.grpo.old_logp = "learner"  # one update per batch: the ratio is 1
+    config.grpo.tis_cap = 0.0  # 2.0 where weights may lag
     config.grpo.equal_groups = "skip"  # about half of the groups, and the update is most of a step's time
     config.grpo.clip_low = 0.2
     config.grpo.clip_high = 0.2

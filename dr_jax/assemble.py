@@ -236,6 +236,7 @@ def grpo(run: RunConfig) -> GrpoConfig:
         clip_low=run.grpo.clip_low,
         clip_high=run.grpo.clip_high,
         old_logp=run.grpo.old_logp,
+        tis_cap=run.grpo.tis_cap,
         kl_coef=run.grpo.kl_coef,
         entropy_coef=run.grpo.entropy_coef,
         temperature=run.agent.temperature,

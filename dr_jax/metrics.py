@@ -62,14 +62,17 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def rollout_summary(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
-    """Means over the episodes of one step. Rewards and scores are of trainable episodes; the rest is counted apart."""
+def rollout_summary(groups: Sequence[Sequence[Episode]], *, step: int = 0) -> dict[str, float]:
+    """Means over the episodes of one step. Rewards and scores are of trainable episodes; the rest is counted apart.
+
+    `policy_lag/*`: how many steps older than version `step` the weights were that drew an episode's oldest call."""
     episodes = [episode for group in groups for episode in group]
     good = [episode for episode in episodes if episode.trainable]
     rewards = [[e.reward for e in group if e.trainable] for group in groups]
     spreads = [float(np.std(r, ddof=1)) for r in rewards if len(r) > 1]
     lengths = [policy_tokens(episode) for episode in good]
     calls = [len(episode.tool_uses) for episode in good]
+    lags = [policy_lag(episode, step) for episode in good]
     failures = collections.Counter(f.kind for e in episodes for use in e.tool_uses for f in use.failures)
     tools = collections.Counter(use.tool for e in episodes for use in e.tool_uses)
     summary = {
@@ -79,6 +82,8 @@ def rollout_summary(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
         "completions/mean_length": _mean(lengths),
         "completions/max_length": float(max(lengths, default=0)),
         "tools/calls_mean": _mean(calls),
+        "policy_lag/mean": _mean(lags),
+        "policy_lag/max": float(max(lags, default=0)),
         "infra_failures": float(sum(e.infra_failures for e in episodes)),
         "episodes": float(len(episodes)),
         "episodes/untrained": float(len(episodes) - len(good)),
@@ -100,6 +105,11 @@ def tokens(episode: Episode) -> int:
     whole = [len(call.prompt) + len(call.output) for call in episode.calls if call.role is Role.POLICY]
     aside = [len(call.prompt) + len(call.output) for call in episode.calls if call.role is not Role.POLICY]
     return max(whole, default=0) + sum(aside)
+
+
+def policy_lag(episode: Episode, step: int) -> int:
+    """How many steps older than version `step` the weights were that drew the episode's oldest call."""
+    return step - min((call.version for call in episode.calls), default=step)
 
 
 def policy_tokens(episode: Episode) -> int:

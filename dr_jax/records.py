@@ -50,6 +50,7 @@ class StopReason(enum.StrEnum):
     LENGTH = "length"  # a turn was cut at its token limit
     DEADLINE = "deadline"  # wall-clock limit of an episode; carries no loss weight
     INFRASTRUCTURE = "infrastructure"  # engine, provider or our own host failed; carries no loss weight
+    STALE = "stale"  # drawn with older weights than `rollout.max_policy_lag` allows; carries no loss weight
 
 
 class FailureKind(enum.StrEnum):
@@ -196,8 +197,9 @@ class Episode:
 
     @property
     def trainable(self) -> bool:
-        """False for an episode that an outage touched: it takes no part in its group and carries no loss weight."""
-        return self.infra_failures == 0 and bool(self.calls)
+        """False for an episode that an outage touched, or whose weights are too old: it takes no part in its group and
+        carries no loss weight."""
+        return self.infra_failures == 0 and self.stop is not StopReason.STALE and bool(self.calls)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,6 +92,7 @@ class Rollout:
     rollouts: int  # rollouts of each question
     max_in_flight: int  # episodes running at once
     max_memory_fraction: float  # of the host's memory; while this process holds more, no episode starts
+    max_policy_lag: int  # steps that an episode's weights may be older than those it trains; 0 = none run ahead
     max_infra_fraction: float  # above it a step is not trained on and the run halts
 
 
@@ -127,6 +128,7 @@ class Grpo:
     clip_low: float
     clip_high: float
     old_logp: str  # 'learner' (as the reference; exact resume) or 'sampler' (a row of learner.grpo.OLD_LOGPS)
+    tis_cap: float  # with 'learner': most a token counts for being likelier now than when it was drawn; 0 = off
     kl_coef: float  # k3 KL to the frozen starting point, in the loss; 0 = no reference model is kept
     entropy_coef: float
 
@@ -200,6 +202,7 @@ _NOT_NEGATIVE = (
     "grpo.kl_coef", "grpo.entropy_coef", "optim.warmup_steps", "optim.weight_decay", "eval.every_steps",
     "questions.world_count", "web.min_delay_s", "budget.max_usd", "budget.max_calls", "budget.max_bytes",
     "budget.max_step_usd", "budget.max_step_calls", "budget.max_step_bytes", "web.max_searches_per_s",
+    "rollout.max_policy_lag", "grpo.tis_cap",
 )  # fmt: skip
 _CHOICES = {
     "web.cache_mode": ("live", "record", "replay"),
@@ -263,6 +266,12 @@ def _check_sizes(run: RunConfig) -> None:
             f"config.batch.rows: {run.batch.rows} is less than questions x rollouts = "
             f"{run.rollout.questions * run.rollout.rollouts}: long episodes could overflow the batch. Raise batch.rows "
             "(rows that stay empty cost nothing)."
+        )
+    if run.rollout.max_policy_lag and run.grpo.old_logp == "learner" and not run.grpo.tis_cap:
+        raise ConfigError(
+            f"config.grpo.tis_cap: 0 with config.rollout.max_policy_lag = {run.rollout.max_policy_lag}: what older "
+            "weights drew would be trained on as if these had. Set config.grpo.tis_cap=2.0, or "
+            "config.grpo.old_logp='sampler'."
         )
 
 

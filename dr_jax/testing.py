@@ -1,11 +1,12 @@
-"""Shipped fakes, for tests of this library and of what is built on it: no network, no accelerator, no model."""
+"""Shipped fakes, for tests of this library and of what is built on it: no network, accelerator, model or waiting."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import selectors
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -80,6 +81,38 @@ class ScriptedSampler:
     def _sampled(self, tokens: Sequence[int], finish: Finish, detail: str = "") -> Sampled:
         logps = np.full(len(tokens), self._logp, np.float32)
         return Sampled(np.asarray(tokens, np.int32), logps, finish, self.version, detail)
+
+
+Result = TypeVar("Result")
+
+
+def run_in_no_time(main: Coroutine[Any, Any, Result]) -> Result:
+    """What `main` returns, run on an event loop whose clock jumps from timer to timer: an hour's wait takes no time.
+
+    Time is that of the loop (`loop.time()`, `asyncio.sleep`, `asyncio.timeout`). There are no sockets and no threads,
+    so everything happens at the same moments in every run. Raises `RuntimeError` where all wait, and for no timer.
+    """
+    with asyncio.Runner(loop_factory=_JumpingLoop) as runner:
+        return runner.run(main)
+
+
+class _JumpingLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._clock = _JumpingClock()
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now_s
+
+
+class _JumpingClock(selectors.SelectSelector):
+    now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        if timeout is None:
+            raise RuntimeError("everything waits, and for no timer: a deadlock")
+        self.now_s += max(timeout, 0.0)
+        return []
 
 
 class TinyWeb:

@@ -17,7 +17,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import jax
@@ -32,11 +32,11 @@ from dr_jax.learner.checkpoint import Checkpoints
 from dr_jax.learner.state import TrainState, abstract_state, init_state
 from dr_jax.learner.step import make_train_step, put_batch
 from dr_jax.model import hf
-from dr_jax.records import Question, Role
+from dr_jax.records import Episode, Question, Role
 from dr_jax.rollout import journal, scheduler
 from dr_jax.rollout.advantages import group_advantages
 from dr_jax.rollout.pack import pack, segments
-from dr_jax.rollout.scheduler import Group
+from dr_jax.rollout.scheduler import Group, Scheduler
 from dr_jax.run_config import RunConfig
 from dr_jax.task.questions import QuestionOrder
 from dr_jax.web.budget import NOTHING_SPENT, Spent
@@ -109,25 +109,28 @@ class Trainer:
         await asyncio.to_thread(engine.set_weights, standing.state.params, standing.step)
         if standing.step == 0:
             await self.evaluate(host, engine, lines)
-        while standing.step < until:
-            started_s = time.monotonic()
-            values = await self.step(host, engine)
-            standing.train_seconds += time.monotonic() - started_s
-            lines.step(values)
-            due = run.eval.every_steps and standing.step % run.eval.every_steps == 0
-            if due or standing.step == run.steps:
-                values |= await self.evaluate(host, engine, lines)
-            self.log.write(standing.step, values | host.budget.metrics() | host.health())  # evaluations are paid too
-            if standing.step % run.checkpoint.every_steps == 0 or standing.step in (until, run.steps):
-                await asyncio.to_thread(self.checkpoints.save, standing.step, standing.state, standing.meta(run))
+        async with self.rollouts(host, engine, until) as rollouts:
+            while standing.step < until:
+                started_s = time.monotonic()
+                values = await self.step(host, engine, rollouts)
+                standing.train_seconds += time.monotonic() - started_s
+                lines.step(values)
+                due = run.eval.every_steps and standing.step % run.eval.every_steps == 0
+                if due or standing.step == run.steps:
+                    values |= await self.evaluate(host, engine, lines)
+                self.log.write(
+                    standing.step, values | host.budget.metrics() | host.health()
+                )  # evaluations are paid too
+                if standing.step % run.checkpoint.every_steps == 0 or standing.step in (until, run.steps):
+                    await asyncio.to_thread(self.checkpoints.save, standing.step, standing.state, standing.meta(run))
 
-    async def step(self, host: assemble.Host, engine: Engine) -> dict[str, float]:
+    async def step(self, host: assemble.Host, engine: Engine, rollouts: Scheduler) -> dict[str, float]:
         """One optimizer step on the next questions: rollouts, packed rows, update, new weights to the engine."""
         run, standing = self.run, self.standing
         started_s = time.monotonic()
         host.budget.begin_step()
-        questions = self.order.take(standing.cursor, run.rollout.questions)
-        groups = await self.rollouts(host, engine, questions)
+        with report.episodes_bar(run.rollout.questions * run.rollout.rollouts, f"step {standing.step + 1}") as bar:
+            groups = await rollouts.take(standing.step, on_episode=lambda episode: bar.update(1))
         generated_s = time.monotonic()
         host.budget.check()
         scheduler.check_health(groups, max_infra_fraction=run.rollout.max_infra_fraction)
@@ -135,11 +138,11 @@ class Trainer:
         learned = await asyncio.to_thread(self.learn, batch)
         learned_s = time.monotonic()
         standing.step += 1
-        standing.cursor += len(questions)
+        standing.cursor += run.rollout.questions
         await asyncio.to_thread(engine.set_weights, standing.state.params, standing.step)
         episodes = [e for group in groups for e in group.episodes]
         await asyncio.to_thread(journal.write, self.workdir / "rollouts", standing.step, episodes)
-        summary = metrics.rollout_summary([group.episodes for group in groups])
+        summary = metrics.rollout_summary([group.episodes for group in groups], step=standing.step - 1)
         standing.infra_failures += int(summary["infra_failures"])
         step_s = time.monotonic() - started_s
         tokens = sum(map(metrics.tokens, episodes))
@@ -155,19 +158,27 @@ class Trainer:
             }
         )
 
-    async def rollouts(self, host: assemble.Host, engine: Engine, questions: Sequence[Question]) -> tuple[Group, ...]:
+    def rollouts(self, host: assemble.Host, engine: Engine, until: int) -> Scheduler:
+        """The episodes of the steps from here to `until`, each a function of its questions' place in the order."""
         run, standing = self.run, self.standing
-        seed = episode.seed_of(run.seed, standing.cursor)  # a question met again in a later epoch is drawn anew
-        context = host.context(run, engine, seed=seed, today=standing.today)
-        with report.episodes_bar(len(questions) * run.rollout.rollouts, f"step {standing.step + 1}") as bar:
-            return await scheduler.run_groups(
-                questions,
-                rollouts=run.rollout.rollouts,
-                run_episode=lambda question, rollout: episode.run(question, rollout, context),
-                max_in_flight=run.rollout.max_in_flight,
-                admit=host.admission.wait,
-                on_episode=lambda episode: bar.update(1),
-            )
+        size, first, start = run.rollout.questions, standing.step, standing.cursor
+
+        def cursor(step: int) -> int:
+            return start + (step - first) * size
+
+        def run_episode(step: int, question: Question, rollout: int) -> Awaitable[Episode]:
+            seed = episode.seed_of(run.seed, cursor(step))  # a question met again in a later epoch is drawn anew
+            return episode.run(question, rollout, host.context(run, engine, seed=seed, today=standing.today))
+
+        return Scheduler(
+            lambda step: self.order.take(cursor(step), size),
+            run_episode,
+            steps=range(first, until),
+            rollouts=run.rollout.rollouts,
+            max_in_flight=run.rollout.max_in_flight,
+            max_policy_lag=run.rollout.max_policy_lag,
+            admit=host.admission.wait,
+        )
 
     def pack(self, groups: Sequence[Group]) -> PackedBatch:
         """The checked batch of one step; episodes that an outage touched are left out.

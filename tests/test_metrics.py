@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from dr_jax.metrics import MetricsLog, policy_tokens, read, rollout_summary, tokens
+from dr_jax.metrics import MetricsLog, policy_lag, policy_tokens, read, rollout_summary, tokens
 from dr_jax.records import Call, Episode, Failure, FailureKind, Finish, Question, Role, StopReason, ToolUse
 
 QUESTION = Question("q", "?", ("a",))
@@ -65,6 +65,17 @@ def test_calls_of_a_reader_are_counted_apart():
     got = rollout_summary([[both, episode(0.0)]])
     assert (got["reader/calls_mean"], got["reader/mean_length"]) == (1.5, 4.0)
     assert "reader/calls_mean" not in rollout_summary([[one]])
+
+
+def test_the_lag_of_an_episode_is_that_of_its_oldest_call_whoever_made_it():
+    calls = [dataclasses.replace(episode(0.0).calls[0], version=version) for version in (5, 3, 6)]
+    reader = dataclasses.replace(calls[0], role=Role.READER, version=1)
+    mixed = dataclasses.replace(episode(0.0), calls=(*calls, reader))
+    fresh = dataclasses.replace(episode(0.0), calls=(calls[2],))
+    assert (policy_lag(mixed, 6), policy_lag(fresh, 6)) == (5, 0)
+    assert policy_lag(dataclasses.replace(fresh, calls=()), 6) == 0
+    got = rollout_summary([[mixed, fresh]], step=6)
+    assert (got["policy_lag/mean"], got["policy_lag/max"]) == (2.5, 5)
 
 
 def test_an_empty_step_is_a_summary_too():

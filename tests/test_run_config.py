@@ -58,6 +58,14 @@ def test_every_shipped_config_resolves(path):
         ),
         (lambda c: c["batch"].update(micro_rows=7), "config.batch.micro_rows: 7 does not divide"),
         (lambda c: c["batch"].update(row_tokens=64), "config.batch.row_tokens: 64 is less than config.engine.context"),
+        (
+            lambda c: c["rollout"].update(max_policy_lag=1),
+            "config.grpo.tis_cap: 0 with config.rollout.max_policy_lag = 1",
+        ),
+        (
+            lambda c: c["rollout"].update(max_policy_lag=-1),
+            "config.rollout.max_policy_lag: got -1; must not be negative",
+        ),
         (lambda c: c["batch"].update(rows=8, micro_rows=8), "config.batch.rows: 8 is less than questions x rollouts"),
     ],
 )
@@ -66,6 +74,15 @@ def test_each_mistake_is_named_with_its_field_and_its_remedy(change, message):
     change(config)
     with pytest.raises(ConfigError, match=message):
         resolve(config)
+
+
+def test_a_lag_is_taken_with_a_cap_or_with_the_samplers_own_ratio():
+    config = quickstart()
+    config["rollout"]["max_policy_lag"] = 1
+    config["grpo"]["tis_cap"] = 2.0
+    assert resolve(config).grpo.tis_cap == 2.0
+    config["grpo"].update(tis_cap=0.0, old_logp="sampler")
+    assert resolve(config).rollout.max_policy_lag == 1
 
 
 def test_a_whole_number_is_a_float_where_one_is_needed():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dr_jax.records import Failure, FailureKind, Finish, Page, Sampled, Sampling
-from dr_jax.testing import QWEN_CONTROL_TOKENS, ScriptedSampler, TinyWeb, byte_tokenizer
+from dr_jax.testing import QWEN_CONTROL_TOKENS, ScriptedSampler, TinyWeb, byte_tokenizer, run_in_no_time
 
 
 async def test_a_script_is_played_in_turn_and_then_is_over():
@@ -65,3 +65,33 @@ def test_the_byte_tokenizer_has_a_token_for_every_byte():
     assert len(ids) == len(text.encode()) - len("<|im_end|>") + 1
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.get_vocab_size() == 256 + len(QWEN_CONTROL_TOKENS)
+
+
+def test_hours_pass_in_no_time_and_in_order():
+    async def main():
+        loop, seen = asyncio.get_running_loop(), []
+
+        async def sleeper(seconds):
+            await asyncio.sleep(seconds)
+            seen.append((seconds, loop.time()))
+
+        async with asyncio.TaskGroup() as tasks:
+            for seconds in (7200.5, 0.001, 3600.0):
+                tasks.create_task(sleeper(seconds))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1e6):
+                await asyncio.sleep(2e6)
+        return seen, loop.time()
+
+    seen, end_s = run_in_no_time(main())
+    assert [seconds for seconds, _ in seen] == [0.001, 3600.0, 7200.5]
+    assert [at_s for _, at_s in seen] == pytest.approx([0.001, 3600.0, 7200.5])
+    assert end_s == pytest.approx(7200.5 + 1e6)
+
+
+def test_a_deadlock_in_no_time_is_an_error():
+    async def main():
+        await asyncio.Event().wait()
+
+    with pytest.raises(RuntimeError, match="a deadlock"):
+        run_in_no_time(main())

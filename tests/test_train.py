@@ -12,6 +12,7 @@ import pytest
 from dr_jax import metrics, train
 from dr_jax.model import hf
 from dr_jax.model.config import ModelConfig
+from dr_jax.rollout import journal
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 SMALL = [
@@ -25,7 +26,7 @@ SMALL = [
     "--config.batch.micro_rows=4",
     "--config.checkpoint.every_steps=2",
 ]
-TIMES = ("timing_s/", "perf/", "sampler/")  # clocks; and the engine's last bits, which depend on who met in a batch
+TIMES = ("timing_s/", "perf/", "sampler/", "memory/", "loop/")  # clocks and the like; and the engine's last bits
 
 
 def run(workdir: pathlib.Path, *more: str) -> int:
@@ -71,6 +72,25 @@ def test_the_first_step_is_the_same_on_more_devices(mesh, whole, tmp_path):
     for ours, theirs in zip(sharded, alone, strict=True):
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def trained_questions(workdir: pathlib.Path):
+    """The question of every episode of every step, in order."""
+    return [[row["question_id"] for row in journal.read(path)] for path in sorted((workdir / "rollouts").iterdir())]
+
+
+def test_with_lag_steps_overlap_and_a_stopped_run_goes_on_with_the_questions_it_has_not_trained(whole, tmp_path):
+    lag = ("--config.rollout.max_policy_lag=1", "--config.grpo.tis_cap=2.0")
+    assert run(tmp_path, *lag, "--stop_after=3") == 0
+    assert run(tmp_path, *lag) == 0
+    assert trained_questions(tmp_path) == trained_questions(whole)
+    steps = metrics.read(tmp_path / "metrics.jsonl")[1:]
+    # Steps 2 and 3 ran ahead; nothing of step 4 was kept over the stop, so it began anew with the weights of step 3.
+    assert [row["policy_lag/max"] for row in steps] == [0, 1, 1, 0]
+    assert [row["stop/stale"] for row in steps] == [0, 0, 0, 0]
+    assert steps[0]["sampler/k3"] < 1e-6
+    assert steps[2]["sampler/k3"] > 1e-6
+    assert all(0 <= row["sampler/truncated_mean"] < 1 for row in steps)
 
 
 def test_a_finished_run_leaves_all_it_promised(whole, capsys):

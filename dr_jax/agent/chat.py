@@ -13,7 +13,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,18 +181,40 @@ class Chat:
         return Prompt(np.concatenate([part.tokens for part in parts]), np.concatenate([part.origin for part in parts]))
 
     def _encode_run(self, run: Sequence[Text]) -> Prompt:
-        texts = [_encodable(piece.text) for piece in run]
-        encoding = self._plain.encode("".join(texts), add_special_tokens=False)
-        by_world = np.repeat([piece.origin is Origin.WORLD for piece in run], [len(text) for text in texts])
-        before = np.concatenate([[0], np.cumsum(by_world)])  # characters by the world before each place
-        start, end = np.asarray(encoding.offsets, int).reshape(-1, 2).T
-        origin = np.where(before[end] > before[start], Origin.WORLD, Origin.TEMPLATE)
-        return Prompt(np.asarray(encoding.ids, np.int32), origin.astype(np.uint8))
+        text = _encodable("".join(piece.text for piece in run))
+        if not any(piece.text for piece in run if piece.origin is Origin.WORLD):
+            return self._encode_own(text)
+        encoding = self._encoding(text)
+        ids = np.asarray(encoding.ids, np.int32)
+        origin = np.full(len(ids), Origin.TEMPLATE, np.uint8)
+        end = 0
+        for piece in run:
+            start, end = end, end + len(piece.text)
+            if piece.origin is Origin.WORLD and piece.text:
+                origin[_tokens_over(encoding, start, end)] = Origin.WORLD
+        return Prompt(ids, origin)
+
+    @functools.cached_property
+    def _encode_own(self) -> Callable[[str], Prompt]:
+        """Encodes text in which the world has no part. It is remembered: a run says the same few things many times."""
+
+        @functools.lru_cache(maxsize=512)
+        def encode(text: str) -> Prompt:
+            piece = _template_ids(self._encoding(text).ids)
+            for array in piece:
+                array.flags.writeable = False
+            return piece
+
+        return encode
+
+    def _encoding(self, text: str) -> Any:
+        # A batch of one: unlike `encode`, it lets other threads run meanwhile.
+        return self._plain.encode_batch([text], add_special_tokens=False)[0]
 
     def cut(self, text: str, max_tokens: int) -> str:
         """`text`, cut to at most `max_tokens` tokens, with a mark at the end where anything is missing."""
         head = _encodable(text[: max_tokens * _MAX_CHARS_PER_TOKEN])
-        offsets = self._plain.encode(head, add_special_tokens=False).offsets
+        offsets = self._encoding(head).offsets
         if len(head) == len(text) and len(offsets) <= max_tokens:
             return text
         room = max_tokens - len(self.plain(_CUT))
@@ -201,6 +223,16 @@ class Chat:
         while head and (excess := len(self.plain(head + _CUT)) - max_tokens) > 0:
             head = head[:-excess]
         return head + _CUT
+
+
+def _tokens_over(encoding: Any, start: int, end: int) -> slice:
+    """The tokens that hold any of the characters from `start` to `end`."""
+    first, after = encoding.char_to_token(start), encoding.char_to_token(end)
+    if first is None or after is None:  # the text ends there, or the tokenizer dropped the character
+        overlap = [i for i, (left, right) in enumerate(encoding.offsets) if left < end and right > start]
+        return slice(overlap[0], overlap[-1] + 1) if overlap else slice(0, 0)
+    over_the_seam = encoding.token_to_chars(after)[0] < end
+    return slice(first, after + over_the_seam)
 
 
 def _template_ids(ids: Sequence[int]) -> Prompt:

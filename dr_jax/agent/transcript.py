@@ -51,6 +51,7 @@ class Transcript:
             return sampled
         self.calls.append(call)
         self.append(Prompt(call.output, np.full(len(call.output), Origin.POLICY, np.uint8)))
+        self.calls[:] = [_within(call, self.prompt) for call in self.calls]
         return sampled
 
     async def aside(self, role: Role, name: tuple[int | str, ...], prompt: Prompt, *, max_new_tokens: int) -> Sampled:
@@ -103,3 +104,11 @@ class Transcript:
     def after_opening(self) -> np.ndarray:
         """Every token after the opening, whoever wrote it."""
         return self.prompt.tokens[self._opening_tokens :]
+
+
+def _within(call: Call, prompt: Prompt) -> Call:
+    """`call` as views of `prompt`, which starts with its tokens: copies would cost the square of the turns."""
+    start, end = len(call.prompt), len(call.prompt) + len(call.output)
+    return dataclasses.replace(
+        call, prompt=prompt.tokens[:start], origin=prompt.origin[:start], output=prompt.tokens[start:end]
+    )

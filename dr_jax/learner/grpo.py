@@ -28,7 +28,7 @@ _MAX_KL = 10.0  # nats per token, as the reference
 
 # 'sampler': the log-probability with which the token was drawn, so the clip also bounds what a sampler that rounds
 # differently, or that has older weights, can do. 'learner': the learner's own, as the reference recomputes it; with one
-# update per batch the ratio is then exactly 1, and nothing of the sampler's rounding reaches the parameters.
+# update per batch the ratio is then exactly 1, and (but for `tis_cap`) nothing of the sampler reaches the parameters.
 OLD_LOGPS = ("sampler", "learner")
 
 # 'blocks': in XLA, anywhere. 'splash': the TPU's kernel, and nothing but a TPU runs it.
@@ -45,6 +45,7 @@ class GrpoConfig:
     entropy_coef: float = 0.0  # a bonus: subtracted from the loss
     temperature: float = 1.0
     old_logp: str = "sampler"  # what the ratio is taken against: a row of OLD_LOGPS
+    tis_cap: float = 0.0  # with old_logp 'learner': most a token drawn by other weights may count; 0 = all count 1
 
     def __post_init__(self) -> None:
         if self.old_logp not in OLD_LOGPS:
@@ -57,6 +58,12 @@ class GrpoConfig:
             raise ConfigError(f"kl_coef: got {self.kl_coef}, need >= 0 (0 = no reference model)")
         if not self.temperature > 0:
             raise ConfigError(f"temperature: got {self.temperature}, need > 0; greedy rollouts cannot be trained on")
+        if self.tis_cap and not self.tis_cap >= 1:
+            raise ConfigError(f"tis_cap: got {self.tis_cap}, need 0 (off) or >= 1 (2.0 is usual)")
+        if self.tis_cap and self.old_logp == "sampler":
+            raise ConfigError(
+                "tis_cap: old_logp='sampler' weighs each token already; set tis_cap 0, or old_logp 'learner'"
+            )
 
 
 class Terms(NamedTuple):
@@ -107,17 +114,24 @@ def grpo_terms(
     """Numerators of the clipped policy-gradient loss with a KL penalty, and their one denominator.
 
         ratio = exp(logp - old_logp)                                              (old_logp: see `OLD_LOGPS`)
+        A     = advantage * min(exp(logp' - sampler_logp), tis_cap)        (logp' has no gradient; tis_cap 0: advantage)
         kl    = exp(ref_logp - logp) - (ref_logp - logp) - 1                                 (k3, never negative)
         loss  = sum(weight * (-min(ratio * A, clip(ratio) * A) + kl_coef * kl - entropy_coef * entropy)) / sum(weight)
 
     Differs from the paper: (1) token mean over the global batch, not a mean of per-answer means, so long answers are
     not discounted; (2) two clip bounds instead of one. `ref_logp_bt` may be None where kl_coef is 0.
-    Source: GRPO, arXiv:2402.03300, eq. 3; (1) and (2) are DAPO, arXiv:2503.14476; k3: joschu.net/blog/kl-approx.html.
+    `tis_cap` is truncated importance sampling: the gradient of a token that older weights drew, as the weights that
+    learn would have drawn it, with a bounded variance. It weighs the policy gradient alone, not KL and entropy.
+    Source: GRPO, arXiv:2402.03300, eq. 3; (1) and (2) are DAPO, arXiv:2503.14476; k3: joschu.net/blog/kl-approx.html;
+    tis_cap: Ionides, "Truncated Importance Sampling", 2008, with a constant cap.
     """
     weight_bt, advantage_bt = batch.weight_bt, batch.advantage_bt
     trained_bt = weight_bt > 0
     # Untrained columns are replaced before exp(): weight 0 times inf would be NaN, and so would its gradient.
     delta_bt = jnp.where(trained_bt, logp_bt - batch.logp_bt, 0.0)
+    drift_bt = jnp.exp(jnp.clip(jax.lax.stop_gradient(delta_bt), -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    if cfg.tis_cap:
+        advantage_bt = advantage_bt * jnp.minimum(drift_bt, cfg.tis_cap)
     moved_bt = delta_bt if cfg.old_logp == "sampler" else logp_bt - jax.lax.stop_gradient(logp_bt)
     ratio_bt = jnp.exp(jnp.clip(moved_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     low_bt = (advantage_bt < 0) & (ratio_bt < 1.0 - cfg.clip_low)
@@ -133,7 +147,10 @@ def grpo_terms(
         "clip_ratio/high_mean": total(high_bt),
         "entropy": total(entropy_bt),
         "sampler/logp_diff_mean": total(jnp.abs(delta_bt)),
+        "sampler/k3": total(k3(delta_bt)),
     }
+    if cfg.tis_cap:
+        sums["sampler/truncated_mean"] = total(drift_bt > cfg.tis_cap)
     if ref_logp_bt is not None:
         kl_bt = k3(jnp.where(trained_bt, ref_logp_bt - logp_bt, 0.0))
         loss_bt = loss_bt + cfg.kl_coef * kl_bt
@@ -145,7 +162,7 @@ def grpo_terms(
 
 
 def k3(delta_bt: jax.Array) -> jax.Array:
-    """exp(delta) - delta - 1, at most 10 nats, for delta = ref_logp - logp: an unbiased KL(policy || reference)."""
+    """exp(delta) - delta - 1, at most 10 nats: an unbiased KL(p || q) for delta = q_logp - p_logp of what p drew."""
     delta_bt = jnp.clip(delta_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return jnp.minimum(jnp.exp(delta_bt) - delta_bt - 1.0, _MAX_KL)
 

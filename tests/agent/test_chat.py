@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 from dr_jax.agent.chat import Chat
 from dr_jax.agent.presets import PRESETS
+from dr_jax.assemble import CHECKPOINT
 from dr_jax.errors import ConfigError
 from dr_jax.records import Origin
 from dr_jax.testing import QWEN_CONTROL_TOKENS, byte_tokenizer
@@ -202,3 +203,33 @@ def test_a_tokenizer_that_makes_control_tokens_of_plain_text_is_refused():
 
 def test_the_quickstart_prompt_is_short(chat):
     assert len(chat.opening(PRESETS["quickstart"], "", today=TODAY).tokens) <= 45
+
+
+@pytest.fixture(scope="module")
+def word_chat():
+    """The embedded world's tokenizer: tokens of several characters, and characters of several tokens."""
+    return Chat.load(CHECKPOINT)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40), st.sampled_from(["", " done", "é", "…"]))
+def test_the_world_wrote_each_token_that_holds_a_character_of_its(byte_chat, word_chat, observation, instruction):
+    for chat in (byte_chat, word_chat):
+        reply = chat.reply(PRESET, (), observation, instruction=instruction)
+        text = observation.encode("utf-8", "replace").decode().replace("</tool_response>", "</ tool_response>")
+        opening, closing = "<tool_response>\n", "\n</tool_response>" + f"\n{instruction}" * bool(instruction)
+        body = f"user\n{opening}{text}{closing}"
+        offsets = chat._plain.encode(body, add_special_tokens=False).offsets
+        start, end = body.index(opening) + len(opening), len(body) - len(closing)
+        world = [left < end and right > start and start < end for left, right in offsets]
+        first = len(chat.markup("<|im_end|>\n<|im_start|>"))
+        assert (reply.origin[first : first + len(world)] == Origin.WORLD).tolist() == world
+        assert not (reply.origin[first + len(world) :] == Origin.WORLD).any()
+
+
+def test_what_is_remembered_of_our_own_text_cannot_be_changed(byte_chat):
+    first = byte_chat.opening(PRESET, QUESTION, today=TODAY)
+    first.tokens[:] = 0
+    assert byte_chat.opening(PRESET, QUESTION, today=TODAY).tokens.any()
+    with pytest.raises(ValueError, match="read-only"):
+        byte_chat._encode_own("system\n").tokens[0] = 1

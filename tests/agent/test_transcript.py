@@ -35,6 +35,18 @@ async def test_what_is_sampled_becomes_part_of_the_next_prompt():
     assert (second.prompt.dtype, second.origin.dtype, second.output.dtype) == (np.int32, np.uint8, np.int32)
 
 
+async def test_all_calls_lie_in_one_array():
+    record = transcript([[3, 4], [6], [8]])
+    for turn in range(3):
+        await record.generate()
+        record.append(piece([5] * turn, Origin.WORLD))
+    bases = {id(array.base) for call in record.calls for array in (call.prompt, call.output)}
+    assert len(bases) == 1
+    assert [call.prompt.tolist() for call in record.calls] == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 6, 5]]
+    assert [call.output.tolist() for call in record.calls] == [[3, 4], [6], [8]]
+    assert record.calls[2].origin.tolist() == [0, 0, 2, 2, 2, 1]
+
+
 async def test_an_error_leaves_no_call():
     record = transcript([])
     assert (await record.generate()).finish is Finish.ERROR

@@ -58,6 +58,57 @@ def test_against_the_learners_own_logp_the_samplers_rounding_reaches_nothing_but
         np.testing.assert_allclose(terms.sums["sampler/logp_diff_mean"] / terms.weight, rounding, rtol=1e-6)
 
 
+TRUNCATED = GrpoConfig(kl_coef=0.0, old_logp="learner", tis_cap=2.0)
+
+
+def test_a_token_that_older_weights_drew_weighs_what_it_is_worth_now_up_to_the_cap_by_hand():
+    # Token a is 1.5 times as likely as when it was drawn, token b 3 times, token c half: weights 1.5, 2 (cap), 0.5.
+    #   loss = -(1 * 2 * 1.5 + 3 * -1 * 2 + 2 * 1 * 0.5) / (1 + 3 + 2) = 1 / 3;   dloss/dlogp = -weight * A * tis / 6
+    batch = one_row(weight=[1, 3, 2], advantage=[2, -1, 1], logp=[-1.0, -2.0, -1.0])
+    logp_bt = batch.logp_bt + jnp.log(jnp.array([[1.5, 3.0, 0.5]]))
+    (loss, terms), gradient_bt = jax.value_and_grad(loss_of, has_aux=True)(logp_bt, batch, TRUNCATED)
+    np.testing.assert_allclose(loss, 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(gradient_bt, [[-3 / 6, 6 / 6, -1 / 6]], rtol=1e-6)
+    np.testing.assert_allclose(terms.sums["sampler/truncated_mean"] / terms.weight, 3 / 6)
+    k3_sum = (1.5 - math.log(1.5) - 1) + 3 * (3 - math.log(3) - 1) + 2 * (0.5 - math.log(0.5) - 1)
+    np.testing.assert_allclose(terms.sums["sampler/k3"] / terms.weight, k3_sum / 6, rtol=1e-5)
+    # At the cap itself nothing is cut.
+    exactly = batch.logp_bt + jnp.log(jnp.array([[2.0, 2.0, 2.0]])) * 0.999
+    assert loss_of(exactly, batch, TRUNCATED)[1].sums["sampler/truncated_mean"] == 0
+
+
+def test_truncation_leaves_kl_and_entropy_alone():
+    # A = 0: the loss is that of KL and entropy, whatever the sampler's log-probabilities.
+    cfg = dataclasses.replace(TRUNCATED, kl_coef=0.1, entropy_coef=0.01)
+    logp_bt = jnp.array([[-1.0, -2.0]])
+    ref_logp_bt, entropy_bt = logp_bt + jnp.array([[math.log(2.0), 0.0]]), jnp.array([[2.0, 1.0]])
+    batches = [one_row(weight=[1, 3], advantage=[0, 0], logp=logp) for logp in ([-1.0, -2.0], [-3.0, -0.5])]
+    same, far = (loss_of(logp_bt, batch, cfg, ref_logp_bt, entropy_bt)[0] for batch in batches)
+    np.testing.assert_allclose(same, (0.1 * (1 - math.log(2)) - 0.01 * 5) / 4, rtol=1e-5)
+    assert far == same
+
+
+def test_without_drift_truncation_changes_nothing():
+    rng = np.random.default_rng(0)
+    batch = one_row(rng.uniform(0, 2, 20), rng.normal(size=20), -rng.uniform(0, 5, 20))
+    plain = dataclasses.replace(TRUNCATED, tis_cap=0.0)
+    on_policy_bt = jnp.asarray(batch.logp_bt)
+    got, want = (
+        jax.value_and_grad(lambda logp_bt, cfg=cfg: loss_of(logp_bt, batch, cfg)[0])(on_policy_bt)
+        for cfg in (TRUNCATED, plain)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_truncation_of_a_token_that_was_all_but_impossible_stays_finite():
+    batch = one_row(weight=[1, 1, 0], advantage=[-1, 1, 1], logp=[-200.0, -0.1, -np.inf])
+    value, gradient_bt = jax.value_and_grad(lambda x: loss_of(x, batch, TRUNCATED)[0])(
+        jnp.array([[-0.1, -200.0, -1.0]])
+    )
+    np.testing.assert_allclose(gradient_bt, [[1.0, -math.exp(-20) / 2, 0.0]], rtol=1e-5)
+    assert np.isfinite(value)
+
+
 def test_kl_and_entropy_enter_the_loss_by_hand():
     # On policy, A = 0. The reference finds token a twice as likely: k3 = 2 - ln 2 - 1; token b equally likely: 0.
     # loss = (1 * 0.1 * (1 - ln 2) + 3 * 0) / 4 - 0.01 * (1 * 2.0 + 3 * 1.0) / 4
@@ -127,8 +178,10 @@ def test_far_off_policy_stays_finite():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"clip_low": 0.0}, {"clip_low": 1.5}, {"clip_high": -0.1}, {"kl_coef": -1.0}, {"temperature": 0.0}]
-)
+    "bad", [{"clip_low": 0.0}, {"clip_low": 1.5}, {"clip_high": -0.1}, {"kl_coef": -1.0}, {"temperature": 0.0},
+            {"tis_cap": 0.5, "old_logp": "learner"}, {"tis_cap": -1.0, "old_logp": "learner"},
+            {"tis_cap": 2.0, "old_logp": "sampler"}]
+)  # fmt: skip
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         GrpoConfig(**bad)

@@ -45,7 +45,7 @@ def test_metrics_have_the_names_users_know(run, batch, mesh):
     metrics, gradient, _ = run(batch, mesh)
     assert set(metrics) == {
         "loss", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "sampler/logp_diff_mean",
-        "sampler/logp_diff_max", "grad_norm", "lr", "step/skipped", "step/weight",
+        "sampler/logp_diff_max", "sampler/k3", "grad_norm", "lr", "step/skipped", "step/weight",
     }  # fmt: skip
     assert all(value.shape == () and value.dtype == np.float32 for value in metrics.values())
     assert metrics["step/skipped"] == 0

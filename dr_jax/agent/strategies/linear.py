@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
 
 from dr_jax.agent.chat import Chat, Prompt
 from dr_jax.agent.presets import Preset
@@ -11,6 +15,7 @@ from dr_jax.agent.transcript import Transcript
 from dr_jax.records import Finish, StopReason
 
 ANSWER_NOW = "No more tool calls: give your answer now."
+_SHORT_CHARS = 4096  # encoded in about a millisecond
 INVALID = "That was neither a tool call nor an answer. Write one of them in the given form."
 
 
@@ -53,13 +58,23 @@ async def linear(transcript: Transcript, toolbox: Toolbox, chat: Chat, preset: P
             use = await toolbox.use(action)
             transcript.tool_uses.append(use)
             observation, words = use.observation, []
-        reply = chat.reply(preset, sampled.tokens, observation, instruction=" ".join(words))
+        reply = await _reply(chat, preset, sampled.tokens, observation, words)
         if preset.final_turn == "tell_to_answer":
             must_answer = turns_left == 1 or not _further_round_fits(transcript, reply, chat, preset)
         if must_answer:
-            reply = chat.reply(preset, sampled.tokens, observation, instruction=" ".join([*words, ANSWER_NOW]))
+            reply = await _reply(chat, preset, sampled.tokens, observation, [*words, ANSWER_NOW])
         transcript.append(reply)
     raise AssertionError("the last turn always returns")
+
+
+async def _reply(
+    chat: Chat, preset: Preset, output: np.ndarray, observation: str | None, words: Sequence[str]
+) -> Prompt:
+    """`chat.reply`; in a thread where it takes long, for everybody else waits while the event loop encodes."""
+    instruction = " ".join(words)
+    if observation is None or len(observation) <= _SHORT_CHARS:
+        return chat.reply(preset, output, observation, instruction=instruction)
+    return await asyncio.to_thread(chat.reply, preset, output, observation, instruction=instruction)
 
 
 def _further_round_fits(transcript: Transcript, reply: Prompt, chat: Chat, preset: Preset) -> bool:
