@@ -7,6 +7,7 @@ Names are those that users of TRL and verl know (`reward`, `completions/mean_len
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -62,16 +63,50 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def rollout_summary(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is counted of an episode: plain values, so that hosts can tell each other in JSON."""
+
+    trainable: bool
+    reward: float
+    scores: Mapping[str, float]
+    stop: str  # a `StopReason`
+    answered: bool
+    tokens: int
+    policy_tokens: int
+    reads: Sequence[int]  # tokens that a model wrote about a page, one number a call
+    tools: Sequence[str]  # one name a call
+    failures: Sequence[str]  # `FailureKind`s
+    infra_failures: int
+
+
+def outcome(episode: Episode) -> Outcome:
+    """What is counted of `episode`."""
+    return Outcome(
+        trainable=episode.trainable,
+        reward=episode.reward,
+        scores=episode.scores,
+        stop=episode.stop,
+        answered=episode.answer is not None,
+        tokens=tokens(episode),
+        policy_tokens=policy_tokens(episode),
+        reads=[len(call.output) for call in episode.calls if call.role is Role.READER],
+        tools=[use.tool for use in episode.tool_uses],
+        failures=[failure.kind for use in episode.tool_uses for failure in use.failures],
+        infra_failures=episode.infra_failures,
+    )
+
+
+def rollout_summary(groups: Sequence[Sequence[Outcome]]) -> dict[str, float]:
     """Means over the episodes of one step. Rewards and scores are of trainable episodes; the rest is counted apart."""
     episodes = [episode for group in groups for episode in group]
     good = [episode for episode in episodes if episode.trainable]
     rewards = [[e.reward for e in group if e.trainable] for group in groups]
     spreads = [float(np.std(r, ddof=1)) for r in rewards if len(r) > 1]
-    lengths = [policy_tokens(episode) for episode in good]
-    calls = [len(episode.tool_uses) for episode in good]
-    failures = collections.Counter(f.kind for e in episodes for use in e.tool_uses for f in use.failures)
-    tools = collections.Counter(use.tool for e in episodes for use in e.tool_uses)
+    lengths = [episode.policy_tokens for episode in good]
+    calls = [len(episode.tools) for episode in good]
+    failures = collections.Counter(kind for e in episodes for kind in e.failures)
+    tools = collections.Counter(tool for e in episodes for tool in e.tools)
     summary = {
         "reward": _mean([e.reward for e in good]),
         "reward_std": _mean(spreads),
@@ -83,13 +118,13 @@ def rollout_summary(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
         "episodes": float(len(episodes)),
         "episodes/untrained": float(len(episodes) - len(good)),
     }
-    if reads := [call for e in good for call in e.calls if call.role is Role.READER]:
+    if reads := [length for e in good for length in e.reads]:
         summary["reader/calls_mean"] = len(reads) / len(good)
-        summary["reader/mean_length"] = _mean([len(call.output) for call in reads])
+        summary["reader/mean_length"] = _mean(reads)
     for score in sorted({name for e in good for name in e.scores}):
         summary[f"score/{score}"] = _mean([e.scores[score] for e in good])
     for reason in StopReason:
-        summary[f"stop/{reason}"] = _mean([e.stop is reason for e in episodes])
+        summary[f"stop/{reason}"] = _mean([e.stop == reason for e in episodes])
     summary |= {f"tools/{tool}": float(count) for tool, count in sorted(tools.items())}
     return summary | {f"failures/{kind}": float(failures[kind]) for kind in FailureKind if failures[kind]}
 
