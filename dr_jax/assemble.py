@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,11 +25,13 @@ from dr_jax.endpoint import remote
 from dr_jax.engine.service import Engine
 from dr_jax.errors import ConfigError
 from dr_jax.interfaces import Browser, Reader, Sampler, Searcher
+from dr_jax.learner import handover
 from dr_jax.learner.grpo import ATTENTION, GrpoConfig
 from dr_jax.learner.optim import OptimConfig
 from dr_jax.model import hf, letters
 from dr_jax.model.config import ModelConfig, published
 from dr_jax.model.qwen2 import REMAT
+from dr_jax.model.weights import Params
 from dr_jax.records import Question, Sampling
 from dr_jax.rollout.admission import Admission, memory_bytes
 from dr_jax.rollout.watchdog import Watchdog
@@ -200,7 +202,9 @@ class Device:
     config: ModelConfig
     mesh: Mesh
     rules: letters.Rules
-    params: Any  # as loaded, sharded over `mesh`; also the frozen reference model
+    params: Params  # as loaded, sharded over `mesh`; also the frozen reference model
+    engine_mesh: Mesh  # of this host alone
+    to_engine: Callable[[Params], Params]  # from the learner's layout to what this host can address; all hosts together
     grpo: GrpoConfig
     optim: OptimConfig
 
@@ -212,10 +216,13 @@ def device(run: RunConfig) -> Device:
     table = rules(run)
     letters.check_mesh(config, run.mesh, table)
     mesh = letters.make_mesh(run.mesh)
+    engine_mesh, to_engine = handover.to_engine(config, run.engine.tensor, run.model.dtype)
     return Device(
         config=config,
         mesh=mesh,
         rules=table,
+        engine_mesh=engine_mesh,
+        to_engine=to_engine,
         params=hf.load(path, config, mesh=mesh, rules=table, dtype=run.model.dtype),
         grpo=grpo(run),
         optim=optim(run),
@@ -256,14 +263,13 @@ def optim(run: RunConfig) -> OptimConfig:
 
 
 def engine(run: RunConfig, device: Device, host: Host) -> Engine:
-    """The sampler, on a mesh of its own: the first `engine.tensor` devices of this host. Use as a context manager."""
-    mesh = letters.make_mesh({"data": 1, "fsdp": 1, "tensor": run.engine.tensor})
-    letters.check_mesh(device.config, mesh.shape, letters.DEFAULT_RULES)
+    """The sampler, on a mesh of its own: `engine.tensor` devices of this host. Use as a context manager."""
+    letters.check_mesh(device.config, device.engine_mesh.shape, letters.DEFAULT_RULES)
     settings = run.engine
     return Engine(
         device.config,
-        device.params,
-        mesh=mesh,
+        device.to_engine(device.params),
+        mesh=device.engine_mesh,
         rules=letters.DEFAULT_RULES,
         slots=settings.slots,
         context=settings.context,

@@ -4,6 +4,7 @@
     ├── ConfigError       wrong before anything starts: names field, value, what is allowed, what to do
     ├── CheckpointError   missing, partial or of another model: names path and step
     ├── BatchError        a PackedBatch invariant broke: always our bug
+    ├── Diverged          training no longer gives finite numbers
     └── RolloutHalted     too many episodes of a step failed for outside reasons to train on it
 
 Entry points turn a `DrJaxError` into one line on stderr and exit code 2.
@@ -24,6 +25,10 @@ class CheckpointError(DrJaxError):
 
 class BatchError(DrJaxError, ValueError):
     """A `PackedBatch` that breaks its invariants."""
+
+
+class Diverged(DrJaxError):
+    """Several steps in a row had no finite loss or gradient."""
 
 
 class RolloutHalted(DrJaxError):

@@ -20,9 +20,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import flags
 
-from dr_jax import assemble, entry, report
+from dr_jax import assemble, entry, metrics, report
 from dr_jax.agent import episode
 from dr_jax.interfaces import Sampler
+from dr_jax.metrics import Outcome
 from dr_jax.records import Episode, Question
 from dr_jax.rollout import journal, scheduler
 from dr_jax.run_config import RunConfig
@@ -52,7 +53,7 @@ async def heldout(
     return tuple(group.episodes[0] for group in groups)
 
 
-def scores(episodes: Sequence[Episode]) -> dict[str, float]:
+def scores(episodes: Sequence[Outcome]) -> dict[str, float]:
     """Means over the episodes that no outage touched: f1 (0 for a format error), em, ..., and tool calls.
 
     `f1_low` and `f1_high` bound the 95% bootstrap interval of the mean F1.
@@ -68,8 +69,8 @@ def scores(episodes: Sequence[Episode]) -> dict[str, float]:
     return means | {
         "f1_low": float(low),
         "f1_high": float(high),
-        "tool_calls": float(np.mean([len(e.tool_uses) for e in good])),
-        "answered": float(np.mean([e.answer is not None for e in good])),
+        "tool_calls": float(np.mean([len(e.tools) for e in good])),
+        "answered": float(np.mean([e.answered for e in good])),
         "infra_failures": float(sum(e.infra_failures for e in episodes)),
     }
 
@@ -109,7 +110,7 @@ def _evaluate(run: RunConfig, values: flags.FlagValues) -> None:
 
     episodes = asyncio.run(work())
     journal.write_file(workdir / "evaluation.jsonl.gz", episodes)
-    total = scores(episodes)
+    total = scores([metrics.outcome(e) for e in episodes])
     print(report.table(("", "F1"), [*by_source(episodes).items(), ("all", total["f1"])]))
     print(json.dumps(total))
 

@@ -7,6 +7,7 @@ Names are those that users of TRL and verl know (`reward`, `completions/mean_len
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -62,7 +63,43 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def rollout_summary(groups: Sequence[Sequence[Episode]], *, step: int = 0) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is counted of an episode: plain values, so that hosts can tell each other in JSON."""
+
+    trainable: bool
+    reward: float
+    scores: Mapping[str, float]
+    stop: str  # a `StopReason`
+    answered: bool
+    tokens: int
+    policy_tokens: int
+    reads: Sequence[int]  # tokens that a model wrote about a page, one number a call
+    tools: Sequence[str]  # one name a call
+    failures: Sequence[str]  # `FailureKind`s
+    infra_failures: int
+    version: int | None  # of the weights that drew the oldest call
+
+
+def outcome(episode: Episode) -> Outcome:
+    """What is counted of `episode`."""
+    return Outcome(
+        trainable=episode.trainable,
+        reward=episode.reward,
+        scores=episode.scores,
+        stop=episode.stop,
+        answered=episode.answer is not None,
+        tokens=tokens(episode),
+        policy_tokens=policy_tokens(episode),
+        reads=[len(call.output) for call in episode.calls if call.role is Role.READER],
+        tools=[use.tool for use in episode.tool_uses],
+        failures=[failure.kind for use in episode.tool_uses for failure in use.failures],
+        infra_failures=episode.infra_failures,
+        version=oldest_version(episode),
+    )
+
+
+def rollout_summary(groups: Sequence[Sequence[Outcome]], *, step: int = 0) -> dict[str, float]:
     """Means over the episodes of one step. Rewards and scores are of trainable episodes; the rest is counted apart.
 
     `policy_lag/*`: how many steps older than version `step` the weights were that drew an episode's oldest call."""
@@ -70,11 +107,11 @@ def rollout_summary(groups: Sequence[Sequence[Episode]], *, step: int = 0) -> di
     good = [episode for episode in episodes if episode.trainable]
     rewards = [[e.reward for e in group if e.trainable] for group in groups]
     spreads = [float(np.std(r, ddof=1)) for r in rewards if len(r) > 1]
-    lengths = [policy_tokens(episode) for episode in good]
-    calls = [len(episode.tool_uses) for episode in good]
-    lags = [policy_lag(episode, step) for episode in good]
-    failures = collections.Counter(f.kind for e in episodes for use in e.tool_uses for f in use.failures)
-    tools = collections.Counter(use.tool for e in episodes for use in e.tool_uses)
+    lengths = [episode.policy_tokens for episode in good]
+    calls = [len(episode.tools) for episode in good]
+    lags = [step - episode.version for episode in good]
+    failures = collections.Counter(kind for e in episodes for kind in e.failures)
+    tools = collections.Counter(tool for e in episodes for tool in e.tools)
     summary = {
         "reward": _mean([e.reward for e in good]),
         "reward_std": _mean(spreads),
@@ -88,13 +125,13 @@ def rollout_summary(groups: Sequence[Sequence[Episode]], *, step: int = 0) -> di
         "episodes": float(len(episodes)),
         "episodes/untrained": float(len(episodes) - len(good)),
     }
-    if reads := [call for e in good for call in e.calls if call.role is Role.READER]:
+    if reads := [length for e in good for length in e.reads]:
         summary["reader/calls_mean"] = len(reads) / len(good)
-        summary["reader/mean_length"] = _mean([len(call.output) for call in reads])
+        summary["reader/mean_length"] = _mean(reads)
     for score in sorted({name for e in good for name in e.scores}):
         summary[f"score/{score}"] = _mean([e.scores[score] for e in good])
     for reason in StopReason:
-        summary[f"stop/{reason}"] = _mean([e.stop is reason for e in episodes])
+        summary[f"stop/{reason}"] = _mean([e.stop == reason for e in episodes])
     summary |= {f"tools/{tool}": float(count) for tool, count in sorted(tools.items())}
     return summary | {f"failures/{kind}": float(failures[kind]) for kind in FailureKind if failures[kind]}
 
@@ -107,9 +144,15 @@ def tokens(episode: Episode) -> int:
     return max(whole, default=0) + sum(aside)
 
 
+def oldest_version(episode: Episode) -> int | None:
+    """Of the weights that drew the episode's oldest call; None where there is no call."""
+    return min((call.version for call in episode.calls), default=None)
+
+
 def policy_lag(episode: Episode, step: int) -> int:
     """How many steps older than version `step` the weights were that drew the episode's oldest call."""
-    return step - min((call.version for call in episode.calls), default=step)
+    version = oldest_version(episode)
+    return 0 if version is None else step - version
 
 
 def policy_tokens(episode: Episode) -> int:

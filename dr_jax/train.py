@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
-import fcntl
 import json
 import logging
+import math
 import pathlib
 import sys
 import time
@@ -23,14 +23,15 @@ from typing import Any
 import jax
 from absl import flags
 
-from dr_jax import assemble, entry, evaluate, metrics, report, run_config
+from dr_jax import assemble, entry, evaluate, hosts, metrics, report, run_config, workdirs
 from dr_jax.agent import episode
 from dr_jax.batch import PackedBatch
 from dr_jax.engine.service import Engine
-from dr_jax.errors import ConfigError
+from dr_jax.errors import Diverged
 from dr_jax.learner.checkpoint import Checkpoints
 from dr_jax.learner.state import TrainState, abstract_state, init_state
 from dr_jax.learner.step import make_train_step, put_batch
+from dr_jax.metrics import Outcome
 from dr_jax.model import hf
 from dr_jax.records import Episode, Question, Role
 from dr_jax.rollout import journal, scheduler
@@ -39,7 +40,9 @@ from dr_jax.rollout.pack import pack, segments
 from dr_jax.rollout.scheduler import Group, Scheduler
 from dr_jax.run_config import RunConfig
 from dr_jax.task.questions import QuestionOrder
-from dr_jax.web.budget import NOTHING_SPENT, Spent
+from dr_jax.web.budget import Spent
+
+MAX_SKIPPED = 3  # steps in a row without a finite gradient: the run does not heal by itself
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +68,23 @@ class Trainer:
     """One run: owns its workdir (locked), checkpoints, log, engine and train step until `close`."""
 
     def __init__(self, run: RunConfig, workdir: pathlib.Path):
-        self.run, self.workdir = run, workdir
-        assemble.check(run)
-        train, self.heldout = assemble.questions(run)
-        self.order = QuestionOrder(train, run.seed)
-        self.device = assemble.device(run)
-        self._lock = claim(workdir, run)
+        self.run, self.workdir, self.own = run, workdir, hosts.own(workdir)
+        with hosts.agreed():
+            assemble.check(run)
+            hosts.check(run)
+            train, self.heldout = assemble.questions(run)
+            self.order = QuestionOrder(train, run.seed)
+            self.device = assemble.device(run)
+            self._lock = workdirs.claim(workdir, run) if hosts.first() else None
+            self.own.mkdir(parents=True, exist_ok=True)
+        self.alarm = hosts.Alarm(longest_silence_s(run))
+        self.skipped = 0  # steps in a row
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=run.checkpoint.keep)
         self.standing = self._restore()
-        self.spent = spent(workdir)  # before the log forgets the steps that the checkpoint does not know
-        self.log = metrics.MetricsLog(
-            workdir, last_step=self.standing.step or -1
-        )  # a run that starts over also evaluates again
+        # Before the log forgets the steps that the checkpoint does not know.
+        self.spent = Spent(*hosts.gather(dataclasses.astuple(workdirs.spent(workdir)))[0])
+        last_step = self.standing.step or -1  # a run that starts over also evaluates again
+        self._log = metrics.MetricsLog(workdir, last_step=last_step) if hosts.first() else None
         device = self.device
         self.train_step = make_train_step(
             device.config, device.grpo, device.mesh, device.rules, optim=device.optim, micro_rows=run.batch.micro_rows,
@@ -89,7 +97,7 @@ class Trainer:
             state = init_state(
                 device.params, device.config, device.optim, device.mesh, device.rules, seed=self.run.seed
             )
-            today = datetime.datetime.now(datetime.UTC).date().isoformat()
+            today = hosts.gather(datetime.datetime.now(datetime.UTC).date().isoformat())[0]
             return Standing(state, step=0, cursor=0, today=today, train_seconds=0.0, infra_failures=0)
         abstract = abstract_state(device.config, device.optim, device.mesh, device.rules)
         state, meta = self.checkpoints.restore(abstract)
@@ -98,19 +106,28 @@ class Trainer:
         )
 
     def close(self) -> None:
+        self.alarm.close()
         self.checkpoints.close()
-        self.log.close()
-        self._lock.close()
+        if self._log and self._lock:
+            self._log.close()
+            self._lock.close()
+
+    def log(self, values: dict[str, float], host: assemble.Host) -> None:
+        """Writes the line of a step: with what all hosts have spent by now, and how the first one is."""
+        values = values | hosts.total(host.budget.metrics()) | host.health()
+        if self._log:
+            self._log.write(self.standing.step, values)
 
     async def train(self, host: assemble.Host, engine: Engine, *, until: int) -> None:
         """Optimizer steps up to `until`, with evaluations and checkpoints where the config asks for them."""
         standing, run = self.standing, self.run
         lines = report.Progress(steps=run.steps, done=standing.step)
-        await asyncio.to_thread(engine.set_weights, standing.state.params, standing.step)
+        await asyncio.to_thread(self.give_weights, engine)
         if standing.step == 0:
             await self.evaluate(host, engine, lines)
         async with self.rollouts(host, engine, until) as rollouts:
-            while standing.step < until:
+            going = False
+            while standing.step < until and not going:
                 started_s = time.monotonic()
                 values = await self.step(host, engine, rollouts)
                 standing.train_seconds += time.monotonic() - started_s
@@ -118,34 +135,37 @@ class Trainer:
                 due = run.eval.every_steps and standing.step % run.eval.every_steps == 0
                 if due or standing.step == run.steps:
                     values |= await self.evaluate(host, engine, lines)
-                self.log.write(
-                    standing.step, values | host.budget.metrics() | host.health()
-                )  # evaluations are paid too
-                if standing.step % run.checkpoint.every_steps == 0 or standing.step in (until, run.steps):
+                await asyncio.to_thread(self.log, values, host)  # evaluations are paid too
+                going = hosts.preempted(standing.step)
+                if going or standing.step % run.checkpoint.every_steps == 0 or standing.step in (until, run.steps):
                     await asyncio.to_thread(self.checkpoints.save, standing.step, standing.state, standing.meta(run))
 
     async def step(self, host: assemble.Host, engine: Engine, rollouts: Scheduler) -> dict[str, float]:
         """One optimizer step on the next questions: rollouts, packed rows, update, new weights to the engine."""
         run, standing = self.run, self.standing
         started_s = time.monotonic()
-        host.budget.begin_step()
-        with report.episodes_bar(run.rollout.questions * run.rollout.rollouts, f"step {standing.step + 1}") as bar:
+        self.alarm.put_off()
+        await asyncio.to_thread(hosts.agree, host.budget.begin_step)
+        ours = len(hosts.share(range(run.rollout.questions))) * run.rollout.rollouts
+        with report.episodes_bar(ours, f"step {standing.step + 1}") as bar:
             groups = await rollouts.take(standing.step, on_episode=lambda episode: bar.update(1))
         generated_s = time.monotonic()
-        host.budget.check()
-        scheduler.check_health(groups, max_infra_fraction=run.rollout.max_infra_fraction)
+        self.alarm.put_off()
+        await asyncio.to_thread(self.check_health, host, groups)
         batch = self.pack(groups)
         learned = await asyncio.to_thread(self.learn, batch)
         learned_s = time.monotonic()
+        self.alarm.put_off()
         standing.step += 1
         standing.cursor += run.rollout.questions
-        await asyncio.to_thread(engine.set_weights, standing.state.params, standing.step)
+        await asyncio.to_thread(self.give_weights, engine)
         episodes = [e for group in groups for e in group.episodes]
-        await asyncio.to_thread(journal.write, self.workdir / "rollouts", standing.step, episodes)
-        summary = metrics.rollout_summary([group.episodes for group in groups], step=standing.step - 1)
+        await asyncio.to_thread(journal.write, self.own / "rollouts", standing.step, episodes)
+        everywhere = await asyncio.to_thread(_outcomes, [group.episodes for group in groups])
+        summary = metrics.rollout_summary(everywhere, step=standing.step - 1)
         standing.infra_failures += int(summary["infra_failures"])
         step_s = time.monotonic() - started_s
-        tokens = sum(map(metrics.tokens, episodes))
+        tokens = sum(outcome.tokens for group in everywhere for outcome in group)
         return (
             summary
             | learned
@@ -159,7 +179,7 @@ class Trainer:
         )
 
     def rollouts(self, host: assemble.Host, engine: Engine, until: int) -> Scheduler:
-        """The episodes of the steps from here to `until`, each a function of its questions' place in the order."""
+        """This host's episodes from here to step `until`, each a function of its questions' place in the order."""
         run, standing = self.run, self.standing
         size, first, start = run.rollout.questions, standing.step, standing.cursor
 
@@ -171,7 +191,7 @@ class Trainer:
             return episode.run(question, rollout, host.context(run, engine, seed=seed, today=standing.today))
 
         return Scheduler(
-            lambda step: self.order.take(cursor(step), size),
+            lambda step: hosts.share(self.order.take(cursor(step), size)),
             run_episode,
             steps=range(first, until),
             rollouts=run.rollout.rollouts,
@@ -179,6 +199,12 @@ class Trainer:
             max_policy_lag=run.rollout.max_policy_lag,
             admit=host.admission.wait,
         )
+
+    def check_health(self, host: assemble.Host, groups: Sequence[Group]) -> None:
+        """Raises `RolloutHalted` on all hosts where one must not train on this step. Runs in a thread: it waits."""
+        with hosts.agreed():
+            host.budget.check()
+            scheduler.check_health(groups, max_infra_fraction=self.run.rollout.max_infra_fraction)
 
     def pack(self, groups: Sequence[Group]) -> PackedBatch:
         """The checked batch of one step; episodes that an outage touched are left out.
@@ -197,43 +223,69 @@ class Trainer:
                 if e.trainable:
                     rows += segments(e, float(advantage))
                     reads += segments(e, float(advantage), Role.READER) if run.reading.train else ()
-        batch = pack(rows, rows=run.batch.rows, row_tokens=run.batch.row_tokens, optional=reads)
+        batch = pack(rows, rows=run.batch.rows // hosts.count(), row_tokens=run.batch.row_tokens, optional=reads)
         batch.check()
         if left_out := len(rows) + len(reads) - int(batch.segment_bt.max(1).sum()):
             log.warning("%d of %d calls of the reader are not trained: raise config.batch.rows", left_out, len(reads))
         return batch
 
     def learn(self, batch: PackedBatch) -> dict[str, float]:
-        """Updates the state (which is donated) and returns the learner's metrics. Runs in a thread."""
+        """Updates the state (which is donated) and returns the learner's metrics. Runs in a thread.
+
+        Raises:
+          Diverged: a non-finite loss or gradient, for the third time in a row; the parameters are as before the first.
+        """
         device = self.device
         rows = put_batch(batch, device.mesh, device.rules)
         reference = device.params if device.grpo.kl_coef > 0 else None
         self.standing.state, values = self.train_step(self.standing.state, reference, rows)
-        return {name: float(value) for name, value in jax.device_get(values).items()}
+        learned = {name: float(value) for name, value in jax.device_get(values).items()}
+        broken = learned["step/skipped"] and learned["step/weight"] > 0  # a step without trained tokens is skipped too
+        self.skipped = self.skipped + 1 if broken else 0
+        with hosts.agreed():
+            if self.skipped == MAX_SKIPPED:
+                raise Diverged(
+                    f"loss or gradient were not finite in {MAX_SKIPPED} steps in a row; none of them changed the "
+                    "parameters. Lower config.optim.lr or config.optim.grad_clip, or go on from an earlier checkpoint."
+                )
+        return learned
+
+    def give_weights(self, engine: Engine) -> None:
+        """Hands the current parameters to this host's engine, on the devices. Runs in a thread."""
+        engine.set_weights(self.device.to_engine(self.standing.state.params), self.standing.step)
 
     async def evaluate(self, host: assemble.Host, engine: Engine, lines: report.Progress) -> dict[str, float]:
         """Held-out scores under the current weights, named 'eval/...'; those of step 0 are logged here."""
-        with report.episodes_bar(len(self.heldout), "evaluation") as bar:
+        self.alarm.put_off()
+        questions = hosts.share(self.heldout)
+        with report.episodes_bar(len(questions), "evaluation") as bar:
             episodes = await evaluate.heldout(
-                self.run, host, engine, self.heldout, today=self.standing.today, on_episode=lambda e: bar.update(1)
+                self.run, host, engine, questions, today=self.standing.today, on_episode=lambda e: bar.update(1)
             )
-        host.budget.check()  # scores of the questions that were still paid for are not those of all
-        self.standing.infra_failures += sum(e.infra_failures for e in episodes)
-        values = {f"eval/{name}": value for name, value in evaluate.scores(episodes).items()}
-        lines.note(f"held-out F1 {values['eval/f1']:.3f} over {len(episodes)} questions (step {self.standing.step})")
+        self.alarm.put_off()
+        # Scores of the questions that were still paid for are not those of all.
+        await asyncio.to_thread(hosts.agree, host.budget.check)
+        outcomes = [outcome for theirs in await asyncio.to_thread(_outcomes, [episodes]) for outcome in theirs]
+        self.standing.infra_failures += sum(outcome.infra_failures for outcome in outcomes)
+        values = {f"eval/{name}": value for name, value in evaluate.scores(outcomes).items()}
+        lines.note(f"held-out F1 {values['eval/f1']:.3f} over {len(outcomes)} questions (step {self.standing.step})")
         if self.standing.step == 0:
-            self.log.write(0, values | host.budget.metrics() | host.health())
+            await asyncio.to_thread(self.log, values, host)
         return values
 
     def finish(self) -> dict[str, Any]:
         """Exports, plots and writes `summary.json`; returns it."""
         run, device = self.run, self.device
+        self.alarm.close()
         export = self.workdir / "export"
-        if not export.exists():
+        if not hosts.gather(export.exists())[0]:
             hf.save(
                 self.standing.state.params, device.config, base_dir=assemble.model_path(run), out_dir=export,
                 dtype=run.export.dtype, max_shard_bytes=run.export.max_shard_gb * 1e9,
             )  # fmt: skip
+        return hosts.gather(self._summary(export) if hosts.first() else None)[0]
+
+    def _summary(self, export: pathlib.Path) -> dict[str, Any]:
         plot = report.plot(self.workdir)
         rows = metrics.read(self.workdir / "metrics.jsonl")
         evaluations = [row for row in rows if row.get("eval/f1") is not None]
@@ -251,42 +303,16 @@ class Trainer:
         return summary
 
 
-def spent(workdir: pathlib.Path) -> Spent:
-    """What the run in `workdir` has spent, as far as its log knows; what is repeated after a crash is paid twice."""
-    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "budget/run_usd" in row]
-    if not rows:
-        return NOTHING_SPENT
-    last = rows[-1]
-    return Spent(int(last["budget/run_calls"]), int(last["budget/run_bytes"]), last["budget/run_usd"])
+def longest_silence_s(run: RunConfig) -> float:
+    """How long no part of a step can take: episodes end by their deadline, and so many of them wait for others."""
+    episodes = max(run.rollout.questions * run.rollout.rollouts, run.eval.questions)
+    return hosts.MIN_SILENCE_S + 2 * run.agent.deadline_s * math.ceil(episodes / run.rollout.max_in_flight)
 
 
-def claim(workdir: pathlib.Path, run: RunConfig) -> Any:
-    """Locks the workdir for this process and records its config there. Close the result to let go.
-
-    Raises:
-      ConfigError: another process trains there, or the workdir belongs to a run with another config.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir / ".lock", "w")  # noqa: SIM115  (held until the run closes it)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"--workdir: another process is training in {workdir}; wait for it, or choose another"
-        ) from error
-    path, ours = workdir / "config.json", run_config.as_dict(run)
-    if path.exists():
-        # A budget may be raised under way: it decides how far a run gets, not what it learns.
-        lines = run_config.difference(json.loads(path.read_text()) | {"budget": ours["budget"]}, ours)
-        if lines:
-            raise ConfigError(
-                f"--workdir: {workdir} was made by another config; nothing was changed. Choose another workdir, or "
-                "undo the difference:\n  " + "\n  ".join(lines)
-            )
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(ours, indent=1) + "\n")
-    partial.replace(path)
-    return lock
+def _outcomes(groups: Sequence[Sequence[Episode]]) -> list[list[Outcome]]:
+    """What is counted of the episodes of all hosts: the groups of the first, then those of the next."""
+    ours = [[dataclasses.asdict(metrics.outcome(e)) for e in group] for group in groups]
+    return [[Outcome(**one) for one in group] for theirs in hosts.gather(ours) for group in theirs]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -299,22 +325,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         lower_bound=1,
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "coordinator", "", "ip:port of process 0, where the cluster does not tell; 'auto' where it does.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("processes", None, "How many hosts take part.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0, flag_values=values)
     return entry.run(_train, values, about=__doc__, argv=argv)
 
 
 def _train(run: RunConfig, values: flags.FlagValues) -> None:
-    workdir = pathlib.Path(values.workdir)
+    hosts.join(run, coordinator=values.coordinator, processes=values.processes, process=values.process)
+    with hosts.one_for_all():
+        workdir = pathlib.Path(values.workdir)
+        hosts.check_shared(workdir)
+        _run(run, workdir, values.stop_after)
+
+
+def _run(run: RunConfig, workdir: pathlib.Path, stop_after: int | None) -> None:
     done = workdir / "summary.json"
-    if done.exists():
-        claim(workdir, run).close()
+    if hosts.gather(done.exists())[0]:
+        with hosts.agreed():
+            if hosts.first():
+                workdirs.claim(workdir, run).close()
         print(f"finished: {run.steps} steps are done in {workdir}; choose another --workdir to train again")
         print(json.dumps(json.loads(done.read_text())))
         return
     trainer = Trainer(run, workdir)
     try:
         until = run.steps
-        if values.stop_after is not None:
-            until = min(until, trainer.standing.step + values.stop_after)
+        if stop_after is not None:
+            until = min(until, trainer.standing.step + stop_after)
         left = until - trainer.standing.step
         if cost := assemble.cost_usd(run, left):
             print(f"{left} steps cost at most {cost:,.2f} USD; {trainer.spent.usd:,.2f} USD are spent", flush=True)
@@ -328,9 +369,11 @@ def _train(run: RunConfig, values: flags.FlagValues) -> None:
 
 
 async def _session(trainer: Trainer, until: int) -> None:
-    async with assemble.host(trainer.run, trainer.workdir, trainer.spent) as host:
-        async with assemble.engine(trainer.run, trainer.device, host) as engine:
-            await trainer.train(host, engine, until=until)
+    run, share = trainer.run, dict(index=hosts.index(), count=hosts.count())
+    async with assemble.host(run, trainer.own, trainer.spent, **share) as host:
+        async with assemble.engine(run, trainer.device, host) as engine:
+            with hosts.one_for_all():
+                await trainer.train(host, engine, until=until)
 
 
 def _table(before: dict[str, Any], after: dict[str, Any]) -> str:

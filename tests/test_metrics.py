@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from dr_jax.metrics import MetricsLog, policy_lag, policy_tokens, read, rollout_summary, tokens
+from dr_jax.metrics import MetricsLog, outcome, policy_lag, policy_tokens, read, rollout_summary, tokens
 from dr_jax.records import Call, Episode, Failure, FailureKind, Finish, Question, Role, StopReason, ToolUse
 
 QUESTION = Question("q", "?", ("a",))
@@ -41,7 +41,7 @@ def test_a_resumed_log_drops_later_lines_and_a_line_cut_by_a_crash(tmp_path):
 def test_summary_means_cover_trainable_episodes_only():
     outage = episode(math.nan, failures=[Failure(FailureKind.TIMEOUT), Failure(FailureKind.STATUS, status=404)])
     groups = [[episode(1.0, drawn=5), episode(0.0)], [episode(-1.0), episode(-1.0), outage]]
-    got = rollout_summary(groups)
+    got = rollout_summary([[outcome(e) for e in group] for group in groups])
     assert got["reward"] == -0.25
     assert got["score/f1"] == 0.25
     assert got["frac_reward_zero_std"] == 0.5
@@ -62,9 +62,9 @@ def test_calls_of_a_reader_are_counted_apart():
     last = dataclasses.replace(one.calls[0], prompt=np.zeros(30, np.int32))
     both = dataclasses.replace(one, calls=(*one.calls, read, read, last, read))
     assert (policy_tokens(both), tokens(both)) == (2 * 5, 30 + 5 + 3 * 11)
-    got = rollout_summary([[both, episode(0.0)]])
+    got = rollout_summary([[outcome(both), outcome(episode(0.0))]])
     assert (got["reader/calls_mean"], got["reader/mean_length"]) == (1.5, 4.0)
-    assert "reader/calls_mean" not in rollout_summary([[one]])
+    assert "reader/calls_mean" not in rollout_summary([[outcome(one)]])
 
 
 def test_the_lag_of_an_episode_is_that_of_its_oldest_call_whoever_made_it():
@@ -74,7 +74,7 @@ def test_the_lag_of_an_episode_is_that_of_its_oldest_call_whoever_made_it():
     fresh = dataclasses.replace(episode(0.0), calls=(calls[2],))
     assert (policy_lag(mixed, 6), policy_lag(fresh, 6)) == (5, 0)
     assert policy_lag(dataclasses.replace(fresh, calls=()), 6) == 0
-    got = rollout_summary([[mixed, fresh]], step=6)
+    got = rollout_summary([[outcome(mixed), outcome(fresh)]], step=6)
     assert (got["policy_lag/mean"], got["policy_lag/max"]) == (2.5, 5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -9,10 +10,13 @@ import re
 import numpy as np
 import pytest
 
-from dr_jax import metrics, train
+from dr_jax import metrics, train, workdirs
+from dr_jax.batch import PackedBatch
+from dr_jax.errors import Diverged
 from dr_jax.model import hf
 from dr_jax.model.config import ModelConfig
 from dr_jax.rollout import journal
+from dr_jax.run_config import resolve
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 SMALL = [
@@ -26,7 +30,8 @@ SMALL = [
     "--config.batch.micro_rows=4",
     "--config.checkpoint.every_steps=2",
 ]
-TIMES = ("timing_s/", "perf/", "sampler/", "memory/", "loop/")  # clocks and the like; and the engine's last bits
+# Clocks, memory; and the engine's last bits, which depend on who met in a batch.
+TIMES = ("timing_s/", "perf/", "sampler/", "memory/", "loop/")
 
 
 def run(workdir: pathlib.Path, *more: str) -> int:
@@ -158,20 +163,42 @@ def test_a_missing_config_file_is_named(tmp_path, capsys):
     assert "no such file 'configs/nowhere.py'" in capsys.readouterr().err
 
 
-def test_two_processes_cannot_train_in_one_workdir(tmp_path, capsys):
-    import importlib.util
-
-    from dr_jax.run_config import resolve
-
+def quickstart():
     spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    lock = train.claim(tmp_path, resolve(module.get_config().to_dict()))
+    return module.get_config()
+
+
+def test_two_processes_cannot_train_in_one_workdir(tmp_path, capsys):
+    lock = workdirs.claim(tmp_path, resolve(quickstart().to_dict()))
     try:
         assert train.main(["train", f"--config={QUICKSTART}", f"--workdir={tmp_path}"]) == 2
         assert "another process" in capsys.readouterr().err
     finally:
         lock.close()
+
+
+def test_the_third_step_in_a_row_without_a_finite_gradient_ends_the_run(tmp_path):
+    config = quickstart()
+    config.rollout.questions, config.rollout.rollouts, config.batch.rows = 1, 2, 2
+    trainer = train.Trainer(resolve(config.to_dict()), tmp_path)
+    try:
+        sound = PackedBatch.empty(2, config.batch.row_tokens)
+        sound.segment_bt[0, :9], sound.position_bt[0, :9] = 1, np.arange(9)
+        sound.weight_bt[0, 3:9], sound.logp_bt[0, 3:9], sound.advantage_bt[0, :9] = 1.0, -1.0, 1.0
+        broken = sound._replace(advantage_bt=np.where(sound.weight_bt > 0, np.float32(np.nan), 0))
+        untrained = PackedBatch.empty(2, config.batch.row_tokens)
+        skipped = [trainer.learn(batch)["step/skipped"] for batch in (broken, broken, sound, broken, broken)]
+        assert skipped == [1, 1, 0, 1, 1]
+        before = np.asarray(trainer.standing.state.params["embed"])
+        with pytest.raises(Diverged, match="not finite in 3 steps in a row"):
+            trainer.learn(broken)
+        np.testing.assert_array_equal(np.asarray(trainer.standing.state.params["embed"]), before)
+        trainer.skipped = 0
+        assert [trainer.learn(untrained)["step/skipped"] for _ in range(4)] == [1] * 4  # nothing is wrong with those
+    finally:
+        trainer.close()
 
 
 def test_a_run_that_is_out_of_budget_halts_untrained_and_goes_on_when_the_budget_is_raised(tmp_path, capsys):

@@ -12,12 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dr_jax.errors import CheckpointError
 from dr_jax.learner.state import TrainState
 from dr_jax.model.weights import Params
+
+_MAX_STEPS = 1024  # in one directory
 
 
 class Checkpoints:
@@ -84,7 +87,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest step on disk, finished writes only; None where there is none."""
-        return self._manager.latest_step()
+        return max(self._steps(), default=None)
 
     def close(self) -> None:
         """Waits for the write under way; raises `CheckpointError` if it went wrong."""
@@ -96,7 +99,7 @@ class Checkpoints:
             self._manager.close()
 
     def _restore(self, abstract: dict[str, Any], step: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        steps = self._steps() if step is None else [step]
         if not steps:
             raise CheckpointError(f"{self._path}: holds no checkpoint")
         reasons = []
@@ -109,6 +112,12 @@ class Checkpoints:
             if candidate != steps[-1]:
                 warnings.warn(f"{self._path}: {reasons[-1]}; trying the step before", stacklevel=3)
         raise CheckpointError(f"{self._path}: nothing could be restored. {'; '.join(reasons)}")
+
+    def _steps(self) -> list[int]:
+        """The finished steps, newest first, as the first host sees them: a network file system may show others less."""
+        seen = sorted(self._manager.all_steps(), reverse=True)[:_MAX_STEPS]
+        steps = multihost_utils.broadcast_one_to_all(np.array(seen + [-1] * (_MAX_STEPS - len(seen)), np.int32))
+        return [int(step) for step in steps if step >= 0]
 
     def _attempt(self, abstract: dict[str, Any], step: int) -> tuple[Any, str | None]:
         """((items, meta), None), or (None, why it cannot be read)."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dr_jax.batch import PackedBatch
@@ -27,9 +28,15 @@ TermsOf = Callable[[Params, Params | None, PackedBatch], Terms]
 
 
 def put_batch(batch: PackedBatch, mesh: Mesh, rules: Rules) -> PackedBatch:
-    """The rows of every host as global arrays. Each host passes the same number of rows."""
-    sharding = NamedSharding(mesh, spec("bt", rules.activations))
-    return PackedBatch(*(jax.make_array_from_process_local_data(sharding, x_bt) for x_bt in batch))
+    """The rows of all hosts, one host after another, as global arrays. Each host passes the same number of rows.
+
+    The devices of a row may be of several hosts: it lies on all devices of its own host first, and goes on from there.
+    """
+    devices = sorted(mesh.devices.flat, key=lambda device: (device.process_index, device.id))
+    hosts = len({device.process_index for device in devices})
+    there = NamedSharding(Mesh(np.array(devices).reshape(hosts, -1), ("host", "device")), PartitionSpec("host"))
+    placed = NamedSharding(mesh, spec("bt", rules.activations))
+    return PackedBatch(*(jax.device_put(jax.make_array_from_process_local_data(there, x_bt), placed) for x_bt in batch))
 
 
 def make_train_step(

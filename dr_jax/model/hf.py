@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -84,8 +85,13 @@ def save(
 
     Tokenizer, chat template and every other file come from `base_dir`, the model these params were trained from; its
     `config.json` gets the dtype and both spellings of rope theta. The directory appears by rename: whole or not at all.
+    Where the params are spread over hosts, all of them call together and the first one writes.
     """
     base_dir, out_dir = pathlib.Path(base_dir), pathlib.Path(out_dir)
+    if jax.process_index() > 0:
+        for _, array in _export(params, config):
+            _on_host(array.astype(_DTYPES[dtype]))
+        return out_dir
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, allowed are {', '.join(_DTYPES)}")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -244,12 +250,19 @@ def _write_shards(params: Params, config: ModelConfig, out: pathlib.Path, dtype:
         shard = {}
         for _ in names:
             name, array = next(arrays)
-            shard[name] = np.ascontiguousarray(np.asarray(array.astype(dtype)))
+            shard[name] = np.ascontiguousarray(_on_host(array.astype(dtype)))
             weight_map[name] = file
         save_file(shard, out / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole array, wherever its pieces are."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _shards(config: ModelConfig, itemsize: int, max_shard_bytes: float) -> tuple[list[list[str]], int]:

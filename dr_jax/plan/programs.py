@@ -21,6 +21,7 @@ from dr_jax import assemble, chips
 from dr_jax.batch import PackedBatch
 from dr_jax.engine import cache, decode
 from dr_jax.errors import ConfigError
+from dr_jax.learner import handover
 from dr_jax.learner.state import TrainState, abstract_state
 from dr_jax.learner.step import make_train_step
 from dr_jax.model import letters, weights
@@ -144,14 +145,8 @@ def programs(s: Setup) -> list[Program]:
                 s.engine, full_blocks, scope=s.engine),
         Program("decode", engine.generate, (*served, idle), s.engine, full_blocks, scope=s.engine,
                 reads=run.engine.decode_steps),
-        Program("hand_over", _hand_over(s), (there.state.params,), s.hosts, 1),
+        Program("hand_over", handover.program(s.model, s.hosts, run.model.dtype), (there.state.params,), s.hosts, 1),
     ]  # fmt: skip
-
-
-def _hand_over(s: Setup) -> Any:
-    """The learner's weights in the engines' dtype and layout: as `engine.set_weights` moves them, on every host."""
-    to = weights.shardings(s.model, s.hosts, letters.DEFAULT_RULES)
-    return jax.jit(lambda params: jax.tree.map(lambda x: x.astype(s.run.model.dtype), params), out_shardings=to)
 
 
 def _params(model: ModelConfig, dtype: Any, mesh: AnyMesh, rules: letters.Rules) -> Params:
