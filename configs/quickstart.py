@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"
     config.model.remat = "mlp"  # fastest on a CPU, where memory traffic is what costs
     config.model.attention = "blocks"  # 'splash' is the TPU's kernel
+    config.model.compiler = ConfigDict()  # its own choice
 
     config.topology = ""  # whatever is there
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
@@ -110,6 +111,7 @@ def get_config() -> ConfigDict:
     config.optim.b2 = 0.999
     config.optim.weight_decay = 0.0
     config.optim.grad_clip = 1.0
+    config.optim.momentum_dtype = "float32"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 12

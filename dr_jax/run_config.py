@@ -87,6 +87,7 @@ class Model:
     dtype: str  # of the parameters: float32 | bfloat16
     remat: str  # a row of model.qwen2.REMAT
     attention: str  # of the learner, a row of learner.grpo.ATTENTION: 'blocks' anywhere, 'splash' on TPUs
+    compiler: Mapping[str, Any]  # options of the TPU's compiler for the learner step, by name; {} = its own choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Optim:
     b2: float
     weight_decay: float
     grad_clip: float  # global norm
+    momentum_dtype: str  # of Adam's first moment: float32 | bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +180,7 @@ _CHOICES = {
     "web.cache_mode": ("live", "record", "replay"),
     "web.reader": ("extractive",),
     "model.dtype": ("float32", "bfloat16"),
+    "optim.momentum_dtype": ("float32", "bfloat16"),
     "export.dtype": ("float32", "bfloat16"),
     "grpo.advantage": ("std", "mean"),
     "grpo.equal_groups": ("keep", "skip"),

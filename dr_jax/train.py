@@ -78,6 +78,7 @@ class Trainer:
         self.train_step = make_train_step(
             device.config, device.grpo, device.mesh, device.rules, optim=device.optim, micro_rows=run.batch.micro_rows,
             compute_dtype=run.model.dtype, remat=run.model.remat, kernel=run.model.attention,
+            compiler=run.model.compiler,
         )  # fmt: skip
 
     def _restore(self) -> Standing:

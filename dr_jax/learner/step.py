@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,14 @@ def make_train_step(
     remat: str = "none",
     kernel: str = "blocks",
     chunk: int = 512,
+    compiler: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Params | None, PackedBatch], tuple[TrainState, Metrics]]:
     """A jitted `step(state, ref_params, batch) -> (state, metrics)`; `state` is donated, metrics are f32 scalars.
 
     Gradients are summed over micro-batches of `micro_rows` rows and divided once by the weight of the global batch, so
     neither the split into rows nor into micro-batches changes them. Rows without trained tokens sort to the end and are
     never computed; the number of micro-batches is traced, so one compilation serves every fill.
+    `compiler`: options for XLA, which has to know all of them.
     A step whose loss or gradient is not finite, or which trains no token, changes nothing but `state.step`, and reports
     `step/skipped` 1. `ref_params` may be None where the KL coefficient is 0.
     """
@@ -80,7 +83,10 @@ def make_train_step(
 
     rows = NamedSharding(mesh, spec("bt", rules.activations))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, in_shardings=(placed, None, rows), out_shardings=(placed, everywhere), donate_argnames="state")
+    return jax.jit(
+        step, in_shardings=(placed, None, rows), out_shardings=(placed, everywhere), donate_argnames="state",
+        compiler_options=dict(compiler or {}),
+    )  # fmt: skip
 
 
 def _check(mesh: Mesh, rules: Rules, micro_rows: int, loss: str) -> None:
