@@ -93,6 +93,7 @@ def get_config() -> ConfigDict:
     config.batch = ConfigDict()
     config.batch.rows = 128  # questions x rollouts
     config.batch.row_tokens = 2048
+    config.batch.shorter_rows = ()  # its rows are short
     config.batch.micro_rows = 1  # on a CPU the smallest is fastest
 
     config.grpo = ConfigDict()

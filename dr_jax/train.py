@@ -34,7 +34,7 @@ from dr_jax.model import hf
 from dr_jax.records import Question
 from dr_jax.rollout import journal, scheduler
 from dr_jax.rollout.advantages import group_advantages
-from dr_jax.rollout.pack import pack, segments
+from dr_jax.rollout.pack import pack_by_length, segments
 from dr_jax.rollout.scheduler import Group
 from dr_jax.run_config import RunConfig
 from dr_jax.task.questions import QuestionOrder
@@ -129,8 +129,8 @@ class Trainer:
         generated_s = time.monotonic()
         host.budget.check()
         scheduler.check_health(groups, max_infra_fraction=run.rollout.max_infra_fraction)
-        batch = self.pack(groups)
-        learned = await asyncio.to_thread(self.learn, batch)
+        batches = self.pack(groups)
+        learned = await asyncio.to_thread(self.learn, batches)
         learned_s = time.monotonic()
         standing.step += 1
         standing.cursor += len(questions)
@@ -166,8 +166,8 @@ class Trainer:
                 on_episode=lambda episode: bar.update(1),
             )
 
-    def pack(self, groups: Sequence[Group]) -> PackedBatch:
-        """The checked batch of one step; episodes that an outage touched are left out.
+    def pack(self, groups: Sequence[Group]) -> tuple[PackedBatch, ...]:
+        """The checked batches of one step, by length of row; episodes that an outage touched are left out.
 
         `equal_groups='skip'` also leaves out the groups that say nothing about the policy, and with them their tokens
         in the loss's denominator: DAPO's filter (arXiv 2503.14476, section 3.2) without drawing others in their place.
@@ -182,14 +182,16 @@ class Trainer:
             for e, advantage in zip(group.episodes, advantages, strict=True):
                 if e.trainable:
                     rows += segments(e, float(advantage))
-        batch = pack(rows, rows=run.batch.rows, row_tokens=run.batch.row_tokens)
-        batch.check()
-        return batch
+        lengths = (*run.batch.shorter_rows, run.batch.row_tokens)
+        batches = pack_by_length(rows, rows=run.batch.rows, lengths=lengths)
+        for batch in batches:
+            batch.check()
+        return batches
 
-    def learn(self, batch: PackedBatch) -> dict[str, float]:
+    def learn(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """Updates the state (which is donated) and returns the learner's metrics. Runs in a thread."""
         device = self.device
-        rows = put_batch(batch, device.mesh, device.rules)
+        rows = tuple(put_batch(batch, device.mesh, device.rules) for batch in batches)
         reference = device.params if device.grpo.kl_coef > 0 else None
         self.standing.state, values = self.train_step(self.standing.state, reference, rows)
         return {name: float(value) for name, value in jax.device_get(values).items()}
