@@ -30,10 +30,12 @@ import numpy as np
 
 PROMPT, ANSWER, ROLLOUTS = 128, 384, 16
 KL_COEF = 0.04
-CASES = {"default": (4096, False), "vocab32k": (32768, False), "ragged": (4096, True)}  # vocabulary, ragged answers
-MICRO_ROWS, CHUNK, REMAT = 16, 128, "none"  # of our side
+# Vocabulary, ragged answers, and rows of one of our micro-batches: all 16 at once, as Tunix takes them, unless packing
+# leaves rows empty.
+CASES = {"default": (4096, False, 16), "vocab32k": (32768, False, 16), "ragged": (4096, True, 2)}
+CHUNK, REMAT = 128, "none"  # of our side
 INSTALL = "bin/pip install torch==2.13.0 google-tunix==0.1.7 jax==0.10.2 flax==0.12.8"
-STEPS = 4  # of each run; the first, which compiles, comes before them
+STEPS = 3  # of each run; the first, which compiles, comes before them
 SIZES = dict(
     num_hidden_layers=6, hidden_size=256, intermediate_size=688, num_attention_heads=4, num_key_value_heads=2,
     rms_norm_eps=1e-6, rope_theta=1_000_000.0, max_position_embeddings=4096, tie_word_embeddings=False,
@@ -76,7 +78,7 @@ def make_checkpoint(directory: pathlib.Path, vocabulary: int) -> None:
     hf.save(params, config, base_dir=directory, out_dir=directory / "hf", dtype="float32", max_shard_bytes=5e9)
 
 
-def ours(directory: pathlib.Path, vocabulary: int, ragged: bool) -> dict[str, float]:
+def ours(directory: pathlib.Path, vocabulary: int, ragged: bool, micro_rows: int) -> dict[str, float]:
     """Our side: the train step that a run jits, the reference's forward pass in it."""
     import jax
 
@@ -121,7 +123,7 @@ def ours(directory: pathlib.Path, vocabulary: int, ragged: bool) -> dict[str, fl
     apart = max(np.abs(alone[a] - together[a]).max() for a in alone)
     optim = OptimConfig(weight_decay=1e-4, max_grad_norm=1e9)  # optax's default; Tunix does not clip here
     step = make_train_step(
-        config, GrpoConfig(kl_coef=KL_COEF), mesh, rules, optim=optim, micro_rows=MICRO_ROWS, chunk=CHUNK, remat=REMAT
+        config, GrpoConfig(kl_coef=KL_COEF), mesh, rules, optim=optim, micro_rows=micro_rows, chunk=CHUNK, remat=REMAT
     )
     state, placed = init_state(reference, config, optim, mesh, rules), put_batch(rows, mesh, rules)
     kept = [state]
@@ -133,7 +135,7 @@ def ours(directory: pathlib.Path, vocabulary: int, ragged: bool) -> dict[str, fl
     return measure(once, base_mb) | {"packed_logp_diff": float(apart)}
 
 
-def tunix(directory: pathlib.Path, vocabulary: int, ragged: bool) -> dict[str, float]:
+def tunix(directory: pathlib.Path, vocabulary: int, ragged: bool, _: int) -> dict[str, float]:
     """Tunix's side: its GRPO loss, its trainer's jitted step, and the reference's log-probabilities that it needs."""
     import jax
     import jax.numpy as jnp

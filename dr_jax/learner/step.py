@@ -70,7 +70,7 @@ def make_train_step(
     def terms_of(params: Params, ref_params: Params | None, batch: PackedBatch) -> Terms:
         logps = functools.partial(
             token_logps, config=config, batch=batch, rules=rules, temperature=cfg.temperature, chunk=chunk, remat=remat,
-            kernel=kernel,
+            kernel=kernel, trained_only=True,
         )  # fmt: skip
         logp_bt, entropy_bt = logps(params)
         if not (loss == "grpo" and cfg.entropy_coef):

@@ -110,9 +110,10 @@ def test_rows_of_several_lengths_are_one_step(
 ):
     """Short rows beside long ones, micro-batches of equal tokens: the same step, from one compilation."""
     want = run(batch, mesh)
-    lengths = pack_rows([segments[2:5]], 8, 16), pack_rows([[segments[0], segments[1]], segments[5:8]], 8, 32)
+    short = pack_rows([segments[2:4], [segments[4], segments[7]]], 8, 16)
+    long = pack_rows([segments[:2], segments[5:7]], 8, 32)
     step = make_step(mesh, 1)
-    rows = tuple(put_batch(each, mesh, rules) for each in lengths)
+    rows = tuple(put_batch(each, mesh, rules) for each in (short, long))
     state, metrics = step(fresh(mesh), ref_params, rows)
     assert_same((jax.device_get(metrics), jax.device_get(state.params)), (want[0], want[2]))
 
