@@ -79,7 +79,6 @@ def get_config() -> ConfigDict:
             xla_tpu_enable_async_collective_fusion=True,  # weights are gathered beside products
             xla_tpu_enable_async_collective_fusion_fuse_all_gather=True,
             xla_tpu_enable_async_collective_fusion_multiple_steps=True,
-            xla_tpu_scoped_vmem_limit_kib=49_152,  # on-chip memory that one fusion may take; 16 MiB by itself
         )
     )
 

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("deepresearcher_7b.py")))["get_config"]()
-    config.model.compiler.xla_tpu_scoped_vmem_limit_kib = 98_304  # of 128 MiB
     config.topology = "v6e:8x8"
     config.mesh = ConfigDict(dict(data=1, fsdp=16, tensor=4))
     #                       weights    activations

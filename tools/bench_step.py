@@ -135,26 +135,33 @@ def ours(directory: pathlib.Path, vocabulary: int, ragged: bool, micro_rows: int
     return measure(once, base_mb) | {"packed_logp_diff": float(apart)}
 
 
-def tunix(directory: pathlib.Path, vocabulary: int, ragged: bool, _: int) -> dict[str, float]:
-    """Tunix's side: its GRPO loss, its trainer's jitted step, and the reference's log-probabilities that it needs."""
-    import jax
+def tunix_sizes(vocabulary: int) -> Any:
+    """`SIZES` as Tunix wants to be told of them."""
     import jax.numpy as jnp
-    import optax
-    from flax import nnx
     from tunix.models.qwen2 import model as models
-    from tunix.models.qwen2 import params as loading
-    from tunix.rl import common, function_registry
-    from tunix.rl import trainer as trainers
-    from tunix.rl.agentic.agentic_grpo_learner import GRPOConfig
-    from tunix.sft import peft_trainer
 
-    sizes = models.ModelConfig(
+    return models.ModelConfig(
         num_layers=SIZES["num_hidden_layers"], vocab_size=vocabulary, embed_dim=SIZES["hidden_size"],
         hidden_dim=SIZES["intermediate_size"], num_heads=SIZES["num_attention_heads"],
         head_dim=SIZES["hidden_size"] // SIZES["num_attention_heads"], num_kv_heads=SIZES["num_key_value_heads"],
         rope_theta=int(SIZES["rope_theta"]), norm_eps=SIZES["rms_norm_eps"], use_tied_embedding=False,
         dtype=jnp.float32, param_dtype=jnp.float32,
     )  # fmt: skip
+
+
+def tunix(directory: pathlib.Path, vocabulary: int, ragged: bool, _: int) -> dict[str, float]:
+    """Tunix's side: its GRPO loss, its trainer's jitted step, and the reference's log-probabilities that it needs."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+    from tunix.models.qwen2 import params as loading
+    from tunix.rl import common, function_registry
+    from tunix.rl import trainer as trainers
+    from tunix.rl.agentic.agentic_grpo_learner import GRPOConfig
+    from tunix.sft import peft_trainer
+
+    sizes = tunix_sizes(vocabulary)
     model = loading.create_model_from_safe_tensors(str(directory), sizes, dtype=jnp.float32)
     reference = nnx.split(nnx.clone(model))
     base_mb = resident_mb()
@@ -165,7 +172,8 @@ def tunix(directory: pathlib.Path, vocabulary: int, ragged: bool, _: int) -> dic
         )
     )
     old_bt = logps(reference[1]) + given["noise"]
-    how = GRPOConfig(num_generations=8, beta=KL_COEF, epsilon=0.2)
+    # k3, as ours; its own default is log(policy / reference), whose gradient is another.
+    how = GRPOConfig(num_generations=8, beta=KL_COEF, epsilon=0.2, kl_loss_mode="low_var_kl")
     how.temperature = 1.0
     settings = peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=None, gradient_accumulation_steps=1)
     trainer = trainers.Trainer(
