@@ -24,6 +24,7 @@ from dr_jax.model.weights import Params
 LOSSES = {"grpo": grpo_terms, "sft": sft_terms}
 
 Metrics = dict[str, jax.Array]
+Batch = PackedBatch | Sequence[PackedBatch]  # several: of rows of other lengths
 TermsOf = Callable[[Params, Params | None, PackedBatch], Terms]
 
 
@@ -52,7 +53,7 @@ def make_train_step(
     kernel: str = "blocks",
     chunk: int = 512,
     compiler: Mapping[str, Any] | None = None,
-) -> Callable[[TrainState, Params | None, PackedBatch | Sequence[PackedBatch]], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """A jitted `step(state, ref_params, batch) -> (state, metrics)`; `state` is donated, metrics are f32 scalars.
 
     Gradients are summed over micro-batches of `micro_rows` rows and divided once by the weight of the global batch, so
@@ -78,9 +79,7 @@ def make_train_step(
         ref_logp_bt = jax.lax.stop_gradient(logps(ref_params)[0]) if use_ref else None
         return LOSSES[loss](logp_bt, entropy_bt, ref_logp_bt, batch, cfg)
 
-    def step(
-        state: TrainState, ref_params: Params | None, batch: PackedBatch | Sequence[PackedBatch]
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, ref_params: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         if use_ref and ref_params is None:
             raise ConfigError(f"kl_coef: {cfg.kl_coef} needs the reference model's params; pass them, or set kl_coef 0")
         params, ref_params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), (state.params, ref_params))
