@@ -33,7 +33,7 @@ KL_COEF = 0.04
 # Vocabulary, ragged answers, and rows of one of our micro-batches: all 16 at once, as Tunix takes them, unless packing
 # leaves rows empty.
 CASES = {"default": (4096, False, 16), "vocab32k": (32768, False, 16), "ragged": (4096, True, 2)}
-CHUNK, REMAT = 128, "none"  # of our side
+CHUNK, REMAT = 128, "mlp"  # of our side
 INSTALL = "bin/pip install torch==2.13.0 google-tunix==0.1.7 jax==0.10.2 flax==0.12.8"
 STEPS = 3  # of each run; the first, which compiles, comes before them
 SIZES = dict(
