@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             b=(None, ("data", "fsdp")),  # rows: each chip has its own
             t=(None, None),
             s=(None, None),
-            d=("fsdp", None),  # channels of weights: 3584 / 64 = 56 a chip
+            d=("fsdp", None),  # channels: 3584 / 64 = 56 of weights a chip
             f=("tensor", "tensor"),  # tensor=1: whole
             n=("tensor", "tensor"),
             k=("tensor", "tensor"),

@@ -5,9 +5,7 @@
 The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run.
 
 Four chips share a row of 32,768 tokens (tensor), which no chip of 32 GiB holds beside everything else; 16 such groups
-share the weights (fsdp).
-Export LIBTPU_INIT_ARGS=--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 for the plan and for the run: by the
-compiler's own cycles, products cut into a loop over the fsdp ring take three times as long (docs/benchmarks.md).
+share the weights (fsdp). Between layers each chip keeps a quarter of the channels of every token.
 """
 
 import pathlib
@@ -26,7 +24,7 @@ def get_config() -> ConfigDict:
             b=(None, ("data", "fsdp")),  # rows: each group of four chips has its own
             t=(None, None),
             s=(None, None),
-            d=("fsdp", None),  # channels of weights: 3584 / 16 = 224 a chip
+            d=("fsdp", "tensor"),  # channels: 3584 / 16 = 224 of weights, 3584 / 4 = 896 of activations a chip
             f=("tensor", "tensor"),  # 18944 / 4 = 4736 a chip
             n=("tensor", "tensor"),  # 28 / 4 = 7 a chip
             k=("tensor", "tensor"),  # 4 / 4 = 1 a chip

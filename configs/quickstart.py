@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"
     config.model.remat = "mlp"  # fastest on a CPU, where memory traffic is what costs
     config.model.attention = "blocks"  # 'splash' is the TPU's kernel
+    config.model.compiler = ConfigDict()  # its own choice
 
     config.topology = ""  # whatever is there
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
@@ -111,6 +112,7 @@ def get_config() -> ConfigDict:
     config.batch = ConfigDict()
     config.batch.rows = 128  # questions x rollouts
     config.batch.row_tokens = 2048
+    config.batch.shorter_rows = ()  # its rows are short
     config.batch.micro_rows = 1  # on a CPU the smallest is fastest
 
     config.grpo = ConfigDict()
@@ -130,6 +132,7 @@ def get_config() -> ConfigDict:
     config.optim.b2 = 0.999
     config.optim.weight_decay = 0.0
     config.optim.grad_clip = 1.0
+    config.optim.momentum_dtype = "float32"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 12

@@ -259,6 +259,7 @@ def optim(run: RunConfig) -> OptimConfig:
         beta2=run.optim.b2,
         weight_decay=run.optim.weight_decay,
         max_grad_norm=run.optim.grad_clip,
+        momentum_dtype=run.optim.momentum_dtype,
     )
 
 

@@ -25,6 +25,7 @@ class Chip:
     dimensions: int  # of the torus
     ring: int  # a side that is a multiple of this many chips is wired into a ring
     cores: int  # per chip, as product names count them
+    matrix_side: int = 128  # of a matrix unit: a product over fewer channels leaves part of it empty
 
 
 # Peak FLOPs, HBM and its bandwidth: cloud.google.com/tpu/docs/v4, /v5p, /v5e, /v6e ("System architecture").
@@ -33,7 +34,7 @@ CHIPS = {
     "v4": Chip(275e12, 32, 1228e9, 45e9, 1.05e9, host_chips=4, dimensions=3, ring=4, cores=2),
     "v5e": Chip(197e12, 16, 819e9, 45e9, 1.5e9, host_chips=8, dimensions=2, ring=16, cores=1),
     "v5p": Chip(459e12, 95, 2765e9, 90e9, 1.75e9, host_chips=4, dimensions=3, ring=4, cores=2),
-    "v6e": Chip(918e12, 32, 1640e9, 90e9, 1.75e9, host_chips=8, dimensions=2, ring=16, cores=1),
+    "v6e": Chip(918e12, 32, 1640e9, 90e9, 1.75e9, host_chips=8, dimensions=2, ring=16, cores=1, matrix_side=256),
 }
 
 

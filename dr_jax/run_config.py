@@ -112,13 +112,15 @@ class Model:
     dtype: str  # of the parameters: float32 | bfloat16
     remat: str  # a row of model.qwen2.REMAT
     attention: str  # of the learner, a row of learner.grpo.ATTENTION: 'blocks' anywhere, 'splash' on TPUs
+    compiler: Mapping[str, Any]  # options of the TPU's compiler for the learner step, by name; {} = its own choice
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     rows: int  # packed rows of one step, all hosts together
     row_tokens: int
-    micro_rows: int  # rows of one gradient-accumulation step
+    shorter_rows: tuple[int, ...]  # tokens, rising: lengths of row beside row_tokens for what fits; () = none
+    micro_rows: int  # rows of one gradient-accumulation step; of shorter rows as many more as make up its tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Optim:
     b2: float
     weight_decay: float
     grad_clip: float  # global norm
+    momentum_dtype: str  # of Adam's first moment: float32 | bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +211,7 @@ _CHOICES = {
     "web.cache_mode": ("live", "record", "replay"),
     "web.reader": ("extractive", "policy", "endpoint"),
     "model.dtype": ("float32", "bfloat16"),
+    "optim.momentum_dtype": ("float32", "bfloat16"),
     "export.dtype": ("float32", "bfloat16"),
     "grpo.advantage": ("std", "mean"),
     "grpo.equal_groups": ("keep", "skip"),
@@ -256,6 +260,17 @@ def _check_sizes(run: RunConfig) -> None:
         raise ConfigError(
             f"config.batch.micro_rows: {run.batch.micro_rows} does not divide config.batch.rows = {run.batch.rows}"
         )
+    lengths = (*run.batch.shorter_rows, run.batch.row_tokens)
+    for shorter in run.batch.shorter_rows:
+        if shorter < 1 or run.batch.row_tokens % shorter or run.batch.rows % _micro_rows(run, shorter):
+            raise ConfigError(
+                f"config.batch.shorter_rows: {shorter} does not divide config.batch.row_tokens = "
+                f"{run.batch.row_tokens}, or its micro-batch does not divide config.batch.rows = {run.batch.rows}"
+            )
+    if list(lengths) != sorted(set(lengths)):
+        raise ConfigError(
+            f"config.batch.shorter_rows: got {run.batch.shorter_rows}, need rising lengths below row_tokens"
+        )
     if run.engine.context > run.batch.row_tokens:
         raise ConfigError(
             f"config.batch.row_tokens: {run.batch.row_tokens} is less than config.engine.context = "
@@ -273,6 +288,10 @@ def _check_sizes(run: RunConfig) -> None:
             "weights drew would be trained on as if these had. Set config.grpo.tis_cap=2.0, or "
             "config.grpo.old_logp='sampler'."
         )
+
+
+def _micro_rows(run: RunConfig, length: int) -> int:
+    return run.batch.micro_rows * run.batch.row_tokens // length
 
 
 def _check_topology(run: RunConfig) -> None:
@@ -318,8 +337,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path}: got {value!r}, need a section with its own fields")
         return _build(typing.cast(type, hint), dict(value), path)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{path}: got {value!r}, need a tuple of strings; ('a',) for one, () for none")
+        kind = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)) or not all(type(item) is kind for item in value):
+            one = {str: "('a',)", int: "(1,)"}[kind]
+            raise ConfigError(f"{path}: got {value!r}, need a tuple of {kind.__name__}; {one} for one, () for none")
         return tuple(value)
     if typing.get_origin(hint) is not None:  # mesh and sharding: the model room checks their letters and axes
         if not isinstance(value, Mapping):

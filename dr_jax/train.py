@@ -36,7 +36,7 @@ from dr_jax.model import hf
 from dr_jax.records import Episode, Question, Role
 from dr_jax.rollout import journal, scheduler
 from dr_jax.rollout.advantages import group_advantages
-from dr_jax.rollout.pack import pack, segments
+from dr_jax.rollout.pack import pack_by_length, segments
 from dr_jax.rollout.scheduler import Group, Scheduler
 from dr_jax.run_config import RunConfig
 from dr_jax.task.questions import QuestionOrder
@@ -89,6 +89,7 @@ class Trainer:
         self.train_step = make_train_step(
             device.config, device.grpo, device.mesh, device.rules, optim=device.optim, micro_rows=run.batch.micro_rows,
             compute_dtype=run.model.dtype, remat=run.model.remat, kernel=run.model.attention,
+            compiler=run.model.compiler,
         )  # fmt: skip
 
     def _restore(self) -> Standing:
@@ -152,8 +153,8 @@ class Trainer:
         generated_s = time.monotonic()
         self.alarm.put_off()
         await asyncio.to_thread(self.check_health, host, groups)
-        batch = self.pack(groups)
-        learned = await asyncio.to_thread(self.learn, batch)
+        batches = self.pack(groups)
+        learned = await asyncio.to_thread(self.learn, batches)
         learned_s = time.monotonic()
         self.alarm.put_off()
         standing.step += 1
@@ -206,8 +207,8 @@ class Trainer:
             host.budget.check()
             scheduler.check_health(groups, max_infra_fraction=self.run.rollout.max_infra_fraction)
 
-    def pack(self, groups: Sequence[Group]) -> PackedBatch:
-        """The checked batch of one step; episodes that an outage touched are left out.
+    def pack(self, groups: Sequence[Group]) -> tuple[PackedBatch, ...]:
+        """The checked batches of one step, by length of row; episodes that an outage touched are left out.
 
         `equal_groups='skip'` also leaves out the groups that say nothing about the policy, and with them their tokens
         in the loss's denominator: DAPO's filter (arXiv 2503.14476, section 3.2) without drawing others in their place.
@@ -223,20 +224,24 @@ class Trainer:
                 if e.trainable:
                     rows += segments(e, float(advantage))
                     reads += segments(e, float(advantage), Role.READER) if run.reading.train else ()
-        batch = pack(rows, rows=run.batch.rows // hosts.count(), row_tokens=run.batch.row_tokens, optional=reads)
-        batch.check()
-        if left_out := len(rows) + len(reads) - int(batch.segment_bt.max(1).sum()):
+        batches = pack_by_length(
+            rows, rows=run.batch.rows // hosts.count(), lengths=(*run.batch.shorter_rows, run.batch.row_tokens),
+            optional=reads,
+        )  # fmt: skip
+        for batch in batches:
+            batch.check()
+        if left_out := len(rows) + len(reads) - sum(int(batch.segment_bt.max(1).sum()) for batch in batches):
             log.warning("%d of %d calls of the reader are not trained: raise config.batch.rows", left_out, len(reads))
-        return batch
+        return batches
 
-    def learn(self, batch: PackedBatch) -> dict[str, float]:
+    def learn(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """Updates the state (which is donated) and returns the learner's metrics. Runs in a thread.
 
         Raises:
           Diverged: a non-finite loss or gradient, for the third time in a row; the parameters are as before the first.
         """
         device = self.device
-        rows = put_batch(batch, device.mesh, device.rules)
+        rows = tuple(put_batch(batch, device.mesh, device.rules) for batch in batches)
         reference = device.params if device.grpo.kl_coef > 0 else None
         self.standing.state, values = self.train_step(self.standing.state, reference, rows)
         learned = {name: float(value) for name, value in jax.device_get(values).items()}

@@ -189,14 +189,14 @@ def test_the_third_step_in_a_row_without_a_finite_gradient_ends_the_run(tmp_path
         sound.weight_bt[0, 3:9], sound.logp_bt[0, 3:9], sound.advantage_bt[0, :9] = 1.0, -1.0, 1.0
         broken = sound._replace(advantage_bt=np.where(sound.weight_bt > 0, np.float32(np.nan), 0))
         untrained = PackedBatch.empty(2, config.batch.row_tokens)
-        skipped = [trainer.learn(batch)["step/skipped"] for batch in (broken, broken, sound, broken, broken)]
+        skipped = [trainer.learn((batch,))["step/skipped"] for batch in (broken, broken, sound, broken, broken)]
         assert skipped == [1, 1, 0, 1, 1]
         before = np.asarray(trainer.standing.state.params["embed"])
         with pytest.raises(Diverged, match="not finite in 3 steps in a row"):
-            trainer.learn(broken)
+            trainer.learn((broken,))
         np.testing.assert_array_equal(np.asarray(trainer.standing.state.params["embed"]), before)
         trainer.skipped = 0
-        assert [trainer.learn(untrained)["step/skipped"] for _ in range(4)] == [1] * 4  # nothing is wrong with those
+        assert [trainer.learn((untrained,))["step/skipped"] for _ in range(4)] == [1] * 4  # nothing is wrong with those
     finally:
         trainer.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -86,20 +87,23 @@ def token_logps(
     chunk: int = 512,
     remat: str = "none",
     kernel: str = "blocks",
+    trained_only: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`logp_bt` of each token given all before it in its segment, and `entropy_bt` of the distribution it came from.
 
     Both f32, nats, of softmax(logits / temperature); 0 on the first token of a segment and on padding. Logits exist for
     `chunk` columns at a time and are computed again in the backward pass, so `[b, t, v]` never does. `kernel` names a
-    row of `ATTENTION`.
+    row of `ATTENTION`. `trained_only`: chunks in which no row of a device trains anything, such as what a page said,
+    are not computed where no device needs another for it; they give 0.
     """
     x_btd, _ = qwen2.forward(
         params, config, batch.token_bt, batch.position_bt,
         attend=ATTENTION[kernel](batch.segment_bt, rules), rules=rules, remat=remat,
     )  # fmt: skip
     next_token_bt = jnp.roll(batch.token_bt, -1, axis=1)  # the last column wraps around; its result is dropped
+    wanted_bt = jnp.roll(batch.weight_bt > 0, -1, axis=1) if trained_only else jnp.ones_like(next_token_bt, bool)
     next_logp_bt, next_entropy_bt = _head(
-        params, config, x_btd, next_token_bt, rules=rules, temperature=temperature, chunk=chunk
+        params, config, x_btd, next_token_bt, wanted_bt, rules=rules, temperature=temperature, chunk=chunk
     )
     previous_bt = _shift(batch.segment_bt)
     follows_bt = (batch.segment_bt == previous_bt) & (batch.segment_bt > 0)
@@ -177,6 +181,7 @@ def _head(
     config: ModelConfig,
     x_btd: jax.Array,
     target_bt: jax.Array,
+    wanted_bt: jax.Array,
     *,
     rules: Rules,
     temperature: float,
@@ -191,29 +196,40 @@ def _head(
     rows_axes = axes_of(rules.activations["b"])
     local_rules = dataclasses.replace(rules, activations={**rules.activations, "b": None})
     weight = "embed" if config.tie_embeddings else "unembed"
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = math.prod(mesh.shape[axis] for axis in axes_of(rules.activations["v"])) == 1  # no collective in a branch
 
     @functools.partial(
         jax.shard_map,
         axis_names=set(rows_axes),
-        in_specs=(PartitionSpec(), PartitionSpec(rows_axes), PartitionSpec(rows_axes)),
+        in_specs=(PartitionSpec(), *(PartitionSpec(rows_axes),) * 3),
         out_specs=PartitionSpec(rows_axes),
         check_vma=False,
     )
-    def local(weights: Params, x_btd: jax.Array, target_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Only two numbers per token outlive the forward pass; the backward pass multiplies for the logits again.
+    def local(weights: Params, x_btd: jax.Array, target_bt: jax.Array, wanted_bt: jax.Array):
+        def pick(x_bcd: jax.Array, target_bc: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits_bcv = constrain(qwen2.unembed(weights, config, x_bcd), "btv", local_rules)
+            return _pick(logits_bcv / temperature, target_bc)
+
+        def nothing(x_bcd: jax.Array, target_bc: jax.Array) -> tuple[jax.Array, jax.Array]:
+            zero_bc = jnp.zeros(target_bc.shape, jnp.float32)
+            return zero_bc, zero_bc
+
+        # Only two numbers per token outlive the forward pass; the backward pass multiplies for the logits again. Around
+        # the branch, not in it: what a branch keeps, the weight too, a scan would keep for each chunk.
         @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
         def one_chunk(_, inputs):
-            x_bcd, target_bc = inputs
-            logits_bcv = constrain(qwen2.unembed(weights, config, x_bcd), "btv", local_rules)
-            return None, _pick(logits_bcv / temperature, target_bc)
+            x_bcd, target_bc, wanted_bc = inputs
+            picked = jax.lax.cond(wanted_bc.any(), pick, nothing, x_bcd, target_bc) if alone else pick(x_bcd, target_bc)
+            return None, picked
 
         def split(array):
             return jnp.moveaxis(array.reshape(-1, length // chunk, chunk, *array.shape[2:]), 1, 0)
 
-        _, results = jax.lax.scan(one_chunk, None, (split(x_btd), split(target_bt)))
+        _, results = jax.lax.scan(one_chunk, None, tuple(map(split, (x_btd, target_bt, wanted_bt))))
         return tuple(jnp.moveaxis(result, 0, 1).reshape(-1, length) for result in results)
 
-    return local({weight: params[weight]}, x_btd, target_bt)
+    return local({weight: params[weight]}, x_btd, target_bt, wanted_bt)
 
 
 _KEPT = "normaliser"

@@ -24,6 +24,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    momentum_dtype: str = "float32"  # of the first moment; the second spans too many orders of magnitude for bfloat16
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "max_grad_norm"):
@@ -41,7 +42,7 @@ def adamw(optim: OptimConfig, config: ModelConfig) -> optax.GradientTransformati
     """Gradient -> step of AdamW, before the learning rate: the caller multiplies by `-learning_rate(...)`."""
     return optax.chain(
         optax.clip_by_global_norm(optim.max_grad_norm),
-        optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps),
+        optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps, mu_dtype=optim.momentum_dtype),
         optax.add_decayed_weights(optim.weight_decay, weights.decay_mask(config)),
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +25,23 @@ from dr_jax.model.weights import Params
 LOSSES = {"grpo": grpo_terms, "sft": sft_terms}
 
 Metrics = dict[str, jax.Array]
+Batch = PackedBatch | Sequence[PackedBatch]  # several: of rows of other lengths
 TermsOf = Callable[[Params, Params | None, PackedBatch], Terms]
 
 
 def put_batch(batch: PackedBatch, mesh: Mesh, rules: Rules) -> PackedBatch:
     """The rows of all hosts, one host after another, as global arrays. Each host passes the same number of rows.
 
-    The devices of a row may be of several hosts: it lies on all devices of its own host first, and goes on from there.
+    They are dealt to the chips in turn, so that rows that are filled first are shared out evenly. The devices of a row
+    may be of several hosts: it lies on all devices of its own host first, and goes on from there.
     """
     devices = sorted(mesh.devices.flat, key=lambda device: (device.process_index, device.id))
     hosts = len({device.process_index for device in devices})
     there = NamedSharding(Mesh(np.array(devices).reshape(hosts, -1), ("host", "device")), PartitionSpec("host"))
     placed = NamedSharding(mesh, spec("bt", rules.activations))
-    return PackedBatch(*(jax.device_put(jax.make_array_from_process_local_data(there, x_bt), placed) for x_bt in batch))
+    chips = max(_row_shards(mesh, rules) // hosts, 1)
+    dealt = (x_bt.reshape(-1, chips, x_bt.shape[1]).swapaxes(0, 1).reshape(x_bt.shape) for x_bt in batch)
+    return PackedBatch(*(jax.device_put(jax.make_array_from_process_local_data(there, x_bt), placed) for x_bt in dealt))
 
 
 def make_train_step(
@@ -52,12 +57,15 @@ def make_train_step(
     remat: str = "none",
     kernel: str = "blocks",
     chunk: int = 512,
-) -> Callable[[TrainState, Params | None, PackedBatch], tuple[TrainState, Metrics]]:
+    compiler: Mapping[str, Any] | None = None,
+) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """A jitted `step(state, ref_params, batch) -> (state, metrics)`; `state` is donated, metrics are f32 scalars.
 
     Gradients are summed over micro-batches of `micro_rows` rows and divided once by the weight of the global batch, so
     neither the split into rows nor into micro-batches changes them. Rows without trained tokens sort to the end and are
-    never computed; the number of micro-batches is traced, so one compilation serves every fill.
+    never computed; the number of micro-batches is traced, so one compilation serves every fill. `batch` may be several,
+    of rows of other lengths: then a micro-batch of each has as many tokens as `micro_rows` of the longest rows.
+    `compiler`: options for XLA, which has to know all of them.
     A step whose loss or gradient is not finite, or which trains no token, changes nothing but `state.step`, and reports
     `step/skipped` 1. `ref_params` may be None where the KL coefficient is 0.
     """
@@ -68,7 +76,7 @@ def make_train_step(
     def terms_of(params: Params, ref_params: Params | None, batch: PackedBatch) -> Terms:
         logps = functools.partial(
             token_logps, config=config, batch=batch, rules=rules, temperature=cfg.temperature, chunk=chunk, remat=remat,
-            kernel=kernel,
+            kernel=kernel, trained_only=True,
         )  # fmt: skip
         logp_bt, entropy_bt = logps(params)
         if not (loss == "grpo" and cfg.entropy_coef):
@@ -76,48 +84,73 @@ def make_train_step(
         ref_logp_bt = jax.lax.stop_gradient(logps(ref_params)[0]) if use_ref else None
         return LOSSES[loss](logp_bt, entropy_bt, ref_logp_bt, batch, cfg)
 
-    def step(state: TrainState, ref_params: Params | None, batch: PackedBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, ref_params: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         if use_ref and ref_params is None:
             raise ConfigError(f"kl_coef: {cfg.kl_coef} needs the reference model's params; pass them, or set kl_coef 0")
         params, ref_params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), (state.params, ref_params))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            micro, used = _micro_batches(batch, micro_rows, mesh, rules)
-            terms, grads = _accumulate(terms_of, params, ref_params, micro, used, placed.params)
-            return _update(state, terms, grads, optim, config)
+            batches = (batch,) if isinstance(batch, PackedBatch) else batch
+            tokens = micro_rows * max(each.token_bt.shape[1] for each in batches)
+            so_far = None
+            for each in batches:
+                micro, used = _micro_batches(each, tokens // each.token_bt.shape[1], mesh, rules)
+                so_far = _accumulate(terms_of, params, ref_params, micro, used, placed.params, so_far)
+            return _update(state, *so_far, optim, config)
 
     rows = NamedSharding(mesh, spec("bt", rules.activations))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, in_shardings=(placed, None, rows), out_shardings=(placed, everywhere), donate_argnames="state")
+    return jax.jit(
+        step, in_shardings=(placed, None, rows), out_shardings=(placed, everywhere), donate_argnames="state",
+        compiler_options=dict(compiler or {}),
+    )  # fmt: skip
 
 
 def _check(mesh: Mesh, rules: Rules, micro_rows: int, loss: str) -> None:
     if loss not in LOSSES:
         raise ConfigError(f"loss: got {loss!r}, allowed are {', '.join(LOSSES)}")
-    devices = math.prod(mesh.shape[axis] for axis in axes_of(rules.activations["b"]))
+    devices = _row_shards(mesh, rules)
     if micro_rows < 1 or micro_rows % devices:
         raise ConfigError(f"micro_rows: got {micro_rows}, need a multiple of the {devices} devices that share rows")
 
 
+def _row_shards(mesh: Mesh, rules: Rules) -> int:
+    """Into how many parts the mesh cuts the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in axes_of(rules.activations["b"]))
+
+
 def _micro_batches(batch: PackedBatch, micro_rows: int, mesh: Mesh, rules: Rules) -> tuple[PackedBatch, jax.Array]:
-    """(`[micro, micro_rows, t]` arrays, how many micro-batches hold a trained token); those come first."""
+    """(`[micro, micro_rows, t]` arrays, how many micro-batches hold a trained token); those come first.
+
+    No row leaves its device: each brings its own trained rows to the front, and gives every micro-batch the next few.
+    """
     rows, length = batch.token_bt.shape
     if rows % micro_rows:
         raise ConfigError(f"micro_rows: {micro_rows} does not divide a batch of {rows} rows; pad it with empty rows")
-    trained_b = (batch.weight_bt > 0).any(axis=1)
-    order_b = jnp.argsort(~trained_b, stable=True)
-    sharding = NamedSharding(mesh, PartitionSpec(None, *spec("bt", rules.activations)))
+    shards = _row_shards(mesh, rules)
+    share = micro_rows // shards
+    by_rows, by_length = spec("bt", rules.activations)
+    sharding = NamedSharding(mesh, PartitionSpec(None, by_rows, by_length))
+    trained_xb = (batch.weight_bt > 0).any(axis=1).reshape(shards, -1)  # x: parts that lie on different devices
+    order_xb = jnp.argsort(~trained_xb, axis=1, stable=True)
 
     def split(x_bt: jax.Array) -> jax.Array:
-        x_mbt = x_bt[order_b].reshape(rows // micro_rows, micro_rows, length)
+        x_xbt = jnp.take_along_axis(x_bt.reshape(shards, -1, length), order_xb[..., None], axis=1)
+        x_mbt = x_xbt.reshape(shards, -1, share, length).swapaxes(0, 1).reshape(-1, micro_rows, length)
         return jax.lax.with_sharding_constraint(x_mbt, sharding)
 
-    return PackedBatch(*map(split, batch)), (trained_b.sum() + micro_rows - 1) // micro_rows
+    return PackedBatch(*map(split, batch)), (trained_xb.sum(1).max() + share - 1) // share
 
 
 def _accumulate(
-    terms_of: TermsOf, params: Params, ref_params: Params | None, micro: PackedBatch, used: jax.Array, placed: Params
+    terms_of: TermsOf,
+    params: Params,
+    ref_params: Params | None,
+    micro: PackedBatch,
+    used: jax.Array,
+    placed: Params,
+    so_far: tuple[Terms, Params] | None,
 ) -> tuple[Terms, Params]:
-    """Terms and gradient of their loss numerator, both f32, summed over the first `used` micro-batches."""
+    """Terms and gradient of their loss numerator, both f32, summed over the first `used` micro-batches and `so_far`."""
 
     def one(i: jax.Array) -> tuple[Terms, Params]:
         batch = PackedBatch(*(x_mbt[i] for x_mbt in micro))
@@ -136,8 +169,9 @@ def _accumulate(
         terms = jax.tree.map(jnp.add, terms, more)._replace(maxima=maxima)
         return terms, jax.tree.map(jnp.add, grads, more_grads)
 
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, used))
-    return jax.lax.fori_loop(0, used, body, nothing)
+    if so_far is None:
+        so_far = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, used))
+    return jax.lax.fori_loop(0, used, body, so_far)
 
 
 def _update(

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 # attend(layer, q_btnh, k_btkh, v_btkh, cache) -> (o_btnh, cache). `layer` is an int32 scalar, `cache` any pytree.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
+KEPT = "attention_residuals"  # what the backward pass needs of the forward pass, for `qwen2.REMAT`
 _PADDING = np.iinfo(np.int32).max  # padding sorts after the segments of its row
 _MASKED = -1e30  # finite, so that no inf - inf arises; exp(_MASKED - max) is exactly 0
 
@@ -101,8 +103,9 @@ def _flash_forward(q_ibkgth, k_jbksh, v_jbksh, segment_ibt, live_p):
     zero_ibkgt = jnp.zeros(q_ibkgth.shape[:-1], jnp.float32)
     start = (jnp.zeros(q_ibkgth.shape, jnp.float32), zero_ibkgt + _MASKED, zero_ibkgt)
     o_ibkgth, max_ibkgt, sum_ibkgt = _visit_live(visit, start, len(q_ibkgth), live_p)
-    o_ibkgth = (o_ibkgth / sum_ibkgt[..., None]).astype(q_ibkgth.dtype)
-    return o_ibkgth, (q_ibkgth, k_jbksh, v_jbksh, segment_ibt, live_p, o_ibkgth, max_ibkgt + jnp.log(sum_ibkgt))
+    o_ibkgth = checkpoint_name((o_ibkgth / sum_ibkgt[..., None]).astype(q_ibkgth.dtype), KEPT)
+    logsum_ibkgt = checkpoint_name(max_ibkgt + jnp.log(sum_ibkgt), KEPT)
+    return o_ibkgth, (q_ibkgth, k_jbksh, v_jbksh, segment_ibt, live_p, o_ibkgth, logsum_ibkgt)
 
 
 def _flash_backward(saved, do_ibkgth):

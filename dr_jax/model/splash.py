@@ -15,11 +15,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from dr_jax.errors import ConfigError
-from dr_jax.model.attention import Attend
+from dr_jax.model.attention import KEPT, Attend
 from dr_jax.model.letters import Rules, spec
 
 LANES = 128  # a row's length must be a multiple of it, and a head at least so wide
-KEPT = "splash_residuals"  # what the backward pass needs of the forward pass, for `qwen2.REMAT`
 _BLOCK = 1024  # queries or keys at a time; larger ones overflow the scratch memory of a v5p
 _COMPUTE = 512  # keys multiplied at a time
 
@@ -35,12 +34,18 @@ def packed(segment_bt: jax.Array, rules: Rules, *, interpret: bool = False) -> A
     q_spec, k_spec = spec("bnth", rules.activations), spec("bkth", rules.activations)
 
     def local(q_bnth: jax.Array, k_bkth: jax.Array, v_bkth: jax.Array, segment_bt: jax.Array) -> jax.Array:
-        causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * q_bnth.shape[1])
-        kernel = kernels.make_splash_mha(
+        b, n, t, h = q_bnth.shape
+        q_bkgth = q_bnth.reshape(b, k_bkth.shape[1], -1, t, h)
+        causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * q_bkgth.shape[2])
+        kernel = kernels.make_splash_mqa(
             causal, head_shards=1, q_seq_shards=1, block_sizes=_blocks(length), residual_checkpoint_name=KEPT,
             interpret=interpret,
         )  # fmt: skip
-        return jax.vmap(kernel)(q_bnth, k_bkth, v_bkth, kernels.SegmentIds(segment_bt, segment_bt))
+        # Mapped over kv heads, not told of them: only a mapped axis is shared by the two cores of a v4 or v5p in the
+        # backward pass.
+        of_row = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+        o_bkgth = jax.vmap(of_row)(q_bkgth, k_bkth, v_bkth, kernels.SegmentIds(segment_bt, segment_bt))
+        return o_bkgth.reshape(b, n, t, h)
 
     sharded = jax.shard_map(
         local,
@@ -57,10 +62,15 @@ def packed(segment_bt: jax.Array, rules: Rules, *, interpret: bool = False) -> A
     return attend
 
 
+def block(length: int) -> int:
+    """Queries, or keys, that the kernel takes at a time."""
+    return math.gcd(length, _BLOCK)
+
+
 def _blocks(length: int) -> kernels.BlockSizes:
-    block, compute = math.gcd(length, _BLOCK), math.gcd(length, _COMPUTE)
+    side, compute = block(length), math.gcd(length, _COMPUTE)
     return kernels.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=compute,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=compute,
-        block_q_dq=block, block_kv_dq=block,
+        block_q=side, block_kv=side, block_kv_compute=compute,
+        block_q_dkv=side, block_kv_dkv=side, block_kv_dkv_compute=compute,
+        block_q_dq=side, block_kv_dq=side,
     )  # fmt: skip

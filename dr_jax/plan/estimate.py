@@ -2,7 +2,8 @@
 
     matrix      the compiler's own cycles of every fusion that multiplies, over the clock
     memory      of everything else: bytes over HBM bandwidth, or the compiler's cycles where those are fewer
-    kernels     FLOPs of Pallas kernels, of which the compiler knows nothing, over the peak times `KERNEL_EFFICIENCY`
+    kernels     attention in the learner: the compiler's schedule of the kernel, see `kernels`; of other Pallas kernels
+                the FLOPs, over the peak times `KERNEL_EFFICIENCY`
     exposed     bytes on the wire over the links that the group of chips spans; nothing else runs meanwhile
     overlapped  the same for collectives that run beside other work; only what outlasts all other work counts
 
@@ -14,17 +15,20 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import pathlib
+import re
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from dr_jax.chips import Slice
-from dr_jax.plan import flops, hlo
+from dr_jax.plan import flops, hlo, kernels
 from dr_jax.plan.programs import Program
 
-KERNEL_EFFICIENCY = 0.35  # assumed, of the peak: no kernel of ours has been timed on a TPU
+KERNEL_EFFICIENCY = 0.35  # assumed, of the peak, for kernels without a schedule
 GIB = 2**30
 
 
@@ -67,15 +71,20 @@ def trace(program: Program) -> Traced:
 def compile_for(program: Program, traced: Traced, piece: Slice) -> Compiled:
     """Compiles for the slice's chips. A program that is too large for them is a `failure`, not an exception."""
     started_s = time.monotonic()
-    try:
-        with jax.sharding.use_abstract_mesh(_abstract(program.scope)):
-            compiled = traced.lowered.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        return Compiled(failure=_reason(str(error)), compile_s=time.monotonic() - started_s)
+    with tempfile.TemporaryDirectory() as folder:
+        # Written while it compiles, because `as_text` cannot read back every module that the compiler makes.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            with jax.sharding.use_abstract_mesh(_abstract(program.scope)):
+                compiled = traced.lowered.lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            return Compiled(failure=_reason(str(error)), compile_s=time.monotonic() - started_s)
+        (text,) = (path.read_text() for path in pathlib.Path(folder).glob("*.after_codegen.txt"))
     compile_s = time.monotonic() - started_s
     memory = compiled.memory_analysis()
-    ops = hlo.read(compiled.as_text(), devices=program.mesh.size, dynamic_trips=program.dynamic_trips)
-    kernel_flops = traced.flops.kernel / program.mesh.size
+    ops = hlo.read(text, devices=program.mesh.size, dynamic_trips=program.dynamic_trips)
+    kernel_s = _attention_seconds(program, ops)
+    kernel_flops = 0.0 if kernel_s else traced.flops.kernel / program.mesh.size
     coordinates = [device.coords for device in program.mesh.devices.flat]
     return Compiled(
         compile_s=compile_s,
@@ -85,15 +94,20 @@ def compile_for(program: Program, traced: Traced, piece: Slice) -> Compiled:
         - memory.alias_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         hbm_bytes=sum(op.runs * op.hbm_bytes for op in ops if op.kind in ("matrix", "memory", "kernel")),
-        seconds=seconds(ops, piece, coordinates, kernel_flops),
+        seconds=seconds(ops, piece, coordinates, kernel_flops, kernel_s),
         collectives=_by_kind(ops),
     )
 
 
 def seconds(
-    ops: Sequence[hlo.Op], piece: Slice, coordinates: Sequence[tuple[int, ...]], kernel_flops: float
+    ops: Sequence[hlo.Op],
+    piece: Slice,
+    coordinates: Sequence[tuple[int, ...]],
+    kernel_flops: float,
+    kernel_s: Mapping[str, float],
 ) -> dict[str, float]:
-    """Estimated seconds by term."""
+    """Estimated seconds by term. `kernel_s`: of one run, by the kernel's name in the module; `kernel_flops`: of the
+    kernels that are not in it."""
     chip = piece.chip
     terms = dict(matrix=0.0, memory=0.0, kernels=kernel_flops / (chip.flops_per_s * KERNEL_EFFICIENCY))
     terms |= dict(exposed=0.0, overlapped=0.0)
@@ -103,10 +117,22 @@ def seconds(
             terms["matrix"] += op.runs * by_cycles
         elif op.kind == "memory":
             terms["memory"] += op.runs * min(by_cycles, by_bytes)
+        elif op.kind == "kernel":
+            terms["kernels"] += op.runs * kernel_s.get(op.name, 0.0)
         elif op.kind in hlo.COLLECTIVES:
             took_s = op.runs * wire_bytes(op) / link_bytes_per_s(op.group, piece, coordinates)
             terms["overlapped" if op.overlapped else "exposed"] += took_s
     return terms
+
+
+def _attention_seconds(program: Program, ops: Sequence[hlo.Op]) -> dict[str, float]:
+    """Of one run of each attention kernel among `ops`, by its name there."""
+    names = {op.name: found[1] for op in ops if (found := re.match(r"splash_mqa_(fwd|dkv|dq)_", op.name))}
+    if program.attention is None or not names:
+        return {}
+    scheduled = kernels.schedules(program.attention)
+    once = {kind: kernels.seconds(program.attention, kind, schedule) for kind, schedule in scheduled.items()}
+    return {name: once[kind] for name, kind in names.items()}
 
 
 def wire_bytes(op: hlo.Op) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from dr_jax.learner.step import make_train_step
 from dr_jax.model import letters, weights
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.weights import Params
+from dr_jax.plan import kernels
 from dr_jax.run_config import RunConfig
 
 AnyMesh = Mesh | AbstractMesh
@@ -43,6 +45,7 @@ class Program:
     dynamic_trips: int  # of its one loop whose trips only the data fixes, at their most
     scope: AnyMesh | None = None  # the mesh that the caller sets
     reads: int = 1  # how often it must read its arguments, at the least
+    attention: kernels.Attention | None = None  # where it attends by a kernel of `kernels`: one chip's share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +92,15 @@ def setup(run: RunConfig, *, compiler: bool) -> Setup:
     hosts_shape = {"data": piece.chips // tensor, "fsdp": 1, "tensor": tensor}
     if not compiler:
         return Setup(run, model, rules, piece, *map(_abstract_mesh, (run.mesh, engine_shape, hosts_shape)))
-    shape, devices = tuple(run.mesh.values()), list(_devices(piece))
-    devices = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)  # as jax.make_mesh
+    shape = tuple(run.mesh.values())
+    placed = mesh_utils.create_device_mesh(
+        shape, list(devices(piece)), allow_split_physical_axes=True
+    )  # as jax.make_mesh
     return Setup(
         run, model, rules, piece,
-        learner=_mesh(devices, run.mesh),
-        engine=_mesh(np.array(_devices(host)), engine_shape),  # which some compilers want whole
-        hosts=_mesh(devices.ravel(), hosts_shape),
+        learner=mesh(placed, run.mesh),
+        engine=mesh(np.array(devices(host)), engine_shape),  # which some compilers want whole
+        hosts=mesh(placed.ravel(), hosts_shape),
     )  # fmt: skip
 
 
@@ -125,6 +130,7 @@ def programs(s: Setup) -> list[Program]:
     step = make_train_step(
         s.model, assemble.grpo(run), s.learner, s.rules, optim=assemble.optim(run), micro_rows=run.batch.micro_rows,
         compute_dtype=run.model.dtype, remat=run.model.remat, kernel=run.model.attention,
+        compiler=run.model.compiler,
     )  # fmt: skip
     engine = decode.build(s.model, mesh=s.engine, rules=letters.DEFAULT_RULES, steps=run.engine.decode_steps)
     everywhere = NamedSharding(s.engine, PartitionSpec())
@@ -140,13 +146,28 @@ def programs(s: Setup) -> list[Program]:
     served = (there.engine_params, there.kv_cache)
     return [
         Program("learner_step", step, (there.state, there.reference, there.batch), s.learner,
-                run.batch.rows // run.batch.micro_rows),
+                run.batch.rows // run.batch.micro_rows, attention=_attention(s)),
         Program("prefill", engine.extend, (*served, numbers(rows), numbers(rows, chunk), numbers(rows, chunk)),
                 s.engine, full_blocks, scope=s.engine),
         Program("decode", engine.generate, (*served, idle), s.engine, full_blocks, scope=s.engine,
                 reads=run.engine.decode_steps),
         Program("hand_over", handover.program(s.model, s.hosts, run.model.dtype), (there.state.params,), s.hosts, 1),
     ]  # fmt: skip
+
+
+def _attention(s: Setup) -> kernels.Attention | None:
+    """What one chip attends to of a micro-batch."""
+    placed = s.rules.activations
+
+    def share(letter: str) -> int:
+        return math.prod(s.run.mesh[axis] for axis in letters.axes_of(placed[letter]))
+
+    if s.run.model.attention != "splash":
+        return None
+    return kernels.Attention(
+        s.piece.kind, s.run.batch.micro_rows // share("b"), s.run.batch.row_tokens, s.model.num_heads // share("n"),
+        s.model.num_kv_heads // share("k"), s.model.head_dim,
+    )  # fmt: skip
 
 
 def _params(model: ModelConfig, dtype: Any, mesh: AnyMesh, rules: letters.Rules) -> Params:
@@ -157,7 +178,7 @@ def _params(model: ModelConfig, dtype: Any, mesh: AnyMesh, rules: letters.Rules)
     )
 
 
-def _devices(piece: chips.Slice) -> list[Any]:
+def devices(piece: chips.Slice) -> list[Any]:
     """Compile-only devices. libtpu asks the cloud who it is unless it is told, and would take a lock."""
     told = dict(
         TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost",
@@ -172,8 +193,9 @@ def _devices(piece: chips.Slice) -> list[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=piece.name, wrap=wrap, **extra).devices
 
 
-def _mesh(devices: np.ndarray, shape: Mapping[str, int]) -> Mesh:
-    return Mesh(devices.reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+def mesh(placed: np.ndarray, shape: Mapping[str, int]) -> Mesh:
+    """The devices as a mesh of these axes."""
+    return Mesh(placed.reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:

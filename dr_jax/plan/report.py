@@ -7,6 +7,8 @@ import functools
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from dr_jax.model import letters, weights
 from dr_jax.plan.estimate import GIB, KERNEL_EFFICIENCY, Compiled, Traced, bytes_per_chip, compile_for, trace
 from dr_jax.plan.programs import Program, Resident, Setup, programs, resident
@@ -114,9 +116,19 @@ def advice(plan: Plan) -> str:
 
 def table(plan: Plan, config: str) -> str:
     """The plan for people."""
+    return "\n".join([*_heading(plan, config), *_program_lines(plan), "", *_verdict(plan)])
+
+
+def layout(setup: Setup, config: str) -> str:
+    """What lies where, and nothing of what is done with it: the heading of `table`, and `shapes`. Traces nothing."""
+    plan = Plan(setup, resident(setup), {}, {}, {})
+    return "\n".join([*_heading(plan, config), shapes(plan)])
+
+
+def _heading(plan: Plan, config: str) -> list[str]:
     setup, piece = plan.setup, plan.setup.piece
     batch, mesh = setup.run.batch, setup.run.mesh
-    lines = [
+    return [
         f"{config}: {setup.run.model.path} on {piece.name} ({piece.product}, {piece.chips} chips), mesh "
         + " ".join(f"{axis}={size}" for axis, size in mesh.items())
         + f", engine of {setup.run.engine.tensor} chips",
@@ -126,11 +138,7 @@ def table(plan: Plan, config: str) -> str:
         "HBM of a chip, GiB",
         *(f"  {kind:<14}{size:>9.2f}" for kind, size in hbm_gib(plan).items()),
         "",
-        *_program_lines(plan),
-        "",
-        *_verdict(plan),
     ]
-    return "\n".join(lines)
 
 
 def shapes(plan: Plan) -> str:
@@ -160,18 +168,23 @@ def _shape_row(name: str, leaf: Any, row_letters: str, spec: Any) -> tuple[str, 
 
 
 def _activation_bytes(plan: Plan) -> int:
-    """What the backward pass of one micro-batch finds stored: each layer's input, and what remat 'mlp' adds to it.
+    """What the backward pass of one micro-batch finds stored: each layer's input, and what remat adds to it by name.
 
     What 'dots' and 'none' add is left to the temporaries."""
-    setup, run = plan.setup, plan.setup.run
+    setup, run, model = plan.setup, plan.setup.run, plan.setup.model
     placed = setup.rules.activations
-    spread = math.prod(run.mesh[axis] for axis in letters.axes_of(placed["b"]))
-    tokens = run.batch.micro_rows * run.batch.row_tokens // spread
-    width = setup.model.d_model
-    if run.model.remat == "mlp":
-        width += 2 * setup.model.d_ff // math.prod(run.mesh[axis] for axis in letters.axes_of(placed["f"]))
-    itemsize = 2 if run.model.dtype == "bfloat16" else 4
-    return tokens * width * setup.model.num_layers * itemsize
+
+    def share(size: int, letter: str) -> int:
+        return size // math.prod(run.mesh[axis] for axis in letters.axes_of(placed[letter]))
+
+    attended, d = share(model.num_heads, "n") * model.head_dim, share(model.d_model, "d")
+    kv = share(model.num_kv_heads, "k") * model.head_dim
+    rest = attended + 2 * kv + d  # q, k, v, and the sum after attention
+    mlp = 2 * share(model.d_ff, "f")
+    extra = dict(attention=0, projections=rest, mlp=mlp, products=mlp + rest)
+    width = d + (attended + extra[run.model.remat] if run.model.remat in extra else 0)
+    tokens = share(run.batch.micro_rows, "b") * run.batch.row_tokens
+    return tokens * width * model.num_layers * jnp.dtype(run.model.dtype).itemsize
 
 
 def _wire(compiled: Compiled) -> float:
@@ -245,7 +258,7 @@ def _verdict(plan: Plan) -> list[str]:
         f"Predicted step {said['predicted_step_s']:.2f} s ({micro_s:.2f} s a micro-batch), "
         f"MFU {said['predicted_mfu']:.1%}",
         "Basis: model FLOPs (forward, backward, the reference's forward; nothing counted twice) over the peak. Time:",
-        "the compiler's cycles for matrix work, bytes over bandwidth for the rest, kernels at an assumed "
-        f"{KERNEL_EFFICIENCY:.0%} of",
-        "the peak, collectives over the links they span. Nothing was run on a TPU.",
+        "the compiler's cycles for matrix work, bytes over bandwidth for the rest, the compiler's schedule of the",
+        f"attention kernels (other kernels: an assumed {KERNEL_EFFICIENCY:.0%} of the peak), collectives over the",
+        "links they span. Nothing was run on a TPU.",
     ]

@@ -47,39 +47,54 @@ def segments(episode: Episode, advantage: float, role: Role = Role.POLICY) -> tu
 def pack(
     all_segments: Sequence[Segment], *, rows: int, row_tokens: int, optional: Sequence[Segment] = ()
 ) -> PackedBatch:
-    """Segments placed first-fit in the order of falling length into `rows` x `row_tokens`; unused rows stay padding.
+    """Segments placed first-fit in the order of falling length into `rows` x `row_tokens`; unused rows stay padding."""
+    return pack_by_length(all_segments, rows=rows, lengths=(row_tokens,), optional=optional)[0]
 
-    Those of `optional` take what room the others leave, and are left out where there is none. Which row a segment lands
-    in depends on lengths and input order alone, so equal rollouts give equal batches.
+
+def pack_by_length(
+    all_segments: Sequence[Segment], *, rows: int, lengths: Sequence[int], optional: Sequence[Segment] = ()
+) -> tuple[PackedBatch, ...]:
+    """A batch of `rows` rows for each of `lengths` (tokens, rising), so that a short segment does not pay, in
+    attention, for a long row.
+
+    In the order of falling length each segment goes where there is room beside others, longest rows first, and else
+    into a new row of the shortest length that holds it. Those of `optional` take what room the others leave, and are
+    left out where there is none. All of that depends on lengths and input order alone, so equal rollouts give equal
+    batches.
 
     Raises:
-      BatchError: a segment is longer than a row, or the segments need more rows than there are.
+      BatchError: a segment is longer than the longest row, or the segments need more rows than there are.
     """
-    batch = PackedBatch.empty(rows, row_tokens)
-    used_b = np.zeros(rows, np.int64)
-    count_b = np.zeros(rows, np.int32)
+    batches = tuple(PackedBatch.empty(rows, length) for length in lengths)
+    used_lb = np.zeros((len(lengths), rows), np.int64)
     in_order = (sorted(some, key=lambda s: -len(s.token)) for some in (all_segments, optional))
     for number, segment in enumerate(itertools.chain(*in_order)):
-        length = len(segment.token)
-        fits = used_b + length <= row_tokens
-        if not fits.any():
+        room_lb = np.asarray(lengths)[:, None] - used_lb
+        fits_lb = room_lb >= len(segment.token)
+        open_lb = fits_lb & (used_lb > 0)
+        open_l, fits_l = open_lb.any(1), fits_lb.any(1)
+        if not fits_l.any():
             if number >= len(all_segments):
                 continue
             raise BatchError(
-                f"a segment of {length} tokens does not fit: {rows} rows of {row_tokens} tokens are full. "
+                f"a segment of {len(segment.token)} tokens does not fit: {rows} rows of {lengths[-1]} tokens are full. "
                 "Raise config.batch.rows or config.batch.row_tokens"
             )
-        row = int(np.argmax(fits))
-        place = slice(used_b[row], used_b[row] + length)
-        count_b[row] += 1
-        used_b[row] += length
-        batch.token_bt[row, place] = segment.token
-        batch.segment_bt[row, place] = count_b[row]
-        batch.position_bt[row, place] = np.arange(length)
-        batch.weight_bt[row, place] = segment.weight
-        batch.logp_bt[row, place] = segment.logp
-        batch.advantage_bt[row, place] = segment.advantage
-    return batch
+        which = int(np.flatnonzero(open_l)[-1]) if open_l.any() else int(np.argmax(fits_l))
+        row = int(np.argmax((open_lb if open_l.any() else fits_lb)[which]))
+        _place(segment, batches[which], row, int(used_lb[which, row]))
+        used_lb[which, row] += len(segment.token)
+    return batches
+
+
+def _place(segment: Segment, batch: PackedBatch, row: int, start: int) -> None:
+    at = (row, slice(start, start + len(segment.token)))
+    batch.segment_bt[at] = batch.segment_bt[row].max() + 1
+    batch.token_bt[at] = segment.token
+    batch.position_bt[at] = np.arange(len(segment.token))
+    batch.weight_bt[at] = segment.weight
+    batch.logp_bt[at] = segment.logp
+    batch.advantage_bt[at] = segment.advantage
 
 
 def _extends(prompt: np.ndarray, prefix: np.ndarray) -> bool:

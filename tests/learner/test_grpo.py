@@ -225,6 +225,24 @@ def test_packed_chunked_logps_are_those_of_each_segment_alone(
             np.testing.assert_allclose(entropy_bt[row], np.pad(entropy_t, (0, padding)), rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_not_trained_is_left_out_and_changes_nothing_else(config, rules, mesh, params, segments, pack_rows):
+    batch = pack_rows([segments[:2], segments[2:4]], total_rows=2)
+    batch.weight_bt[:, 8:16] = 0  # two chunks of four columns, in both rows
+
+    def total(params, trained_only):
+        logp_bt, entropy_bt = token_logps(params, config, batch, rules=rules, chunk=4, trained_only=trained_only)
+        return (batch.weight_bt * (logp_bt + entropy_bt)).sum(), logp_bt
+
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)
+        (got, some_bt), (want, all_bt) = gradient(params, True), gradient(params, False)
+    trained_bt = batch.weight_bt > 0
+    np.testing.assert_allclose(some_bt[trained_bt], all_bt[trained_bt], rtol=1e-6)
+    assert (some_bt[:, 9:16] == 0).all()  # column t is told by the logits of t - 1
+    assert (all_bt[:, 9:16] != 0).any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
 def test_gradients_are_those_of_plain_log_softmax(config, rules, mesh, params, segments, pack_rows, naive):
     token, *_ = segments[0]
     batch = pack_rows([segments[:1]], total_rows=1, length=16)

@@ -39,3 +39,10 @@ def test_first_step_by_hand(config):
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         OptimConfig(**bad)
+
+
+def test_the_first_moment_can_be_half_as_large_and_the_second_cannot(config):
+    params = weights.tree(config, lambda row: np.ones(weights.shape(row, config), np.float32))
+    moments = jax.eval_shape(adamw(OptimConfig(momentum_dtype="bfloat16"), config).init, params)[1]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(moments.mu)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(moments.nu)} == {"float32"}

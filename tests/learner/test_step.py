@@ -87,6 +87,37 @@ def test_sharded_equals_unsharded_whatever_the_micro_batches(run, batch, segment
     assert_same(run(pack_rows([[segment] for segment in segments]), mesh4, micro_rows=4), want)
 
 
+def test_channels_of_activations_may_be_spread_too(fresh, ref_params, batch, config, run, mesh, mesh4, rules):
+    want = run(batch, mesh)
+    shared = letters.Rules(rules.weights, {**rules.activations, "d": "tensor"})
+    cfg, optim = GrpoConfig(kl_coef=0.1, temperature=0.9), OptimConfig(learning_rate=1e-2, max_grad_norm=1e9)
+    step = make_train_step(config, cfg, mesh4, shared, optim=optim, micro_rows=4, chunk=8, remat="products")
+    state, metrics = step(fresh(mesh4), ref_params, put_batch(batch, mesh4, shared))
+    assert_same((jax.device_get(metrics), jax.device_get(state.params)), (want[0], want[2]))
+
+
+def test_rows_stay_on_their_devices_and_are_dealt_to_them_in_turn(segments, pack_rows, mesh4, rules):
+    # Rows 0 to 4 are filled: devices get 0 2 4 and 1 3, and each micro-batch of two takes one row of each.
+    batch = pack_rows([[segment] for segment in segments[:5]])
+    micro, used = _micro_batches(put_batch(batch, mesh4, rules), 2, mesh4, rules)
+    assert used == 3
+    for i, pair in enumerate(([0, 1], [2, 3], [4, 5])):
+        np.testing.assert_array_equal(micro.token_bt[i], batch.token_bt[pair])
+
+
+def test_rows_of_several_lengths_are_one_step(
+    run, segments, pack_rows, batch, mesh, make_step, fresh, ref_params, rules
+):
+    """Short rows beside long ones, micro-batches of equal tokens: the same step, from one compilation."""
+    want = run(batch, mesh)
+    short = pack_rows([segments[2:4], [segments[4], segments[7]]], 8, 16)
+    long = pack_rows([segments[:2], segments[5:7]], 8, 32)
+    step = make_step(mesh, 1)
+    rows = tuple(put_batch(each, mesh, rules) for each in (short, long))
+    state, metrics = step(fresh(mesh), ref_params, rows)
+    assert_same((jax.device_get(metrics), jax.device_get(state.params)), (want[0], want[2]))
+
+
 @pytest.mark.parametrize("where", ["advantage", "params"])
 def test_a_step_that_is_not_finite_changes_nothing(make_step, fresh, ref_params, batch, mesh, rules, where):
     step, state = make_step(mesh, 2), fresh(mesh)

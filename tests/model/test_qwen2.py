@@ -133,15 +133,23 @@ def test_remat_policies_store_less_and_less(small):
         pullback = jax.eval_shape(lambda params: jax.vjp(lambda p: run(p, config, *BATCH, remat), params)[1], params)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
 
-    none, dots, mlp, full = map(stored_bytes, ("none", "dots", "mlp", "full"))
-    btf_bytes = 4 * BATCH[0].size * config.d_ff * config.num_layers
-    assert none > dots > mlp > full
-    assert mlp == full + 2 * btf_bytes  # gate and up of every layer
+    none, products, mlp, projections, attention, full = map(
+        stored_bytes, ("none", "products", "mlp", "projections", "attention", "full")
+    )
+    positions = 4 * BATCH[0].size * config.num_layers  # f32
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    assert none > products > mlp > projections > attention > full
+    assert mlp == attention + 2 * positions * config.d_ff  # gate and up of every layer
+    biases = 4 * heads * config.num_layers  # are not read again where q, k and v are there
+    assert projections == attention - biases + positions * (heads + config.d_model)  # and the sum after attention
+    assert products == mlp + projections - attention
 
 
 def test_unknown_remat_lists_the_names(small):
     config, params = small
-    with pytest.raises(ConfigError, match="remat: got 'some', allowed are none, dots, mlp, full"):
+    with pytest.raises(
+        ConfigError, match="remat: got 'some', allowed are none, dots, products, mlp, projections, attention, full"
+    ):
         run(params, config, *BATCH, remat="some")
 
 

@@ -43,8 +43,10 @@ def test_every_term_of_the_time():
         hlo.Op("all-gather", "", 3, 64 * 540e6 / 63, group=tuple(range(64))),
         hlo.Op("all-gather", "", 1, 64 * 540e6 / 63, group=tuple(range(64)), overlapped=True),
     ]
-    terms = seconds(ops, CUBE, PLACES, kernel_flops=chip.flops_per_s * KERNEL_EFFICIENCY / 2)
-    want = dict(matrix=0.01, memory=0.003, kernels=0.5, exposed=0.003, overlapped=0.001)
+    ops += [hlo.Op("kernel", "splash_mqa_fwd.1", 4, 1.0), hlo.Op("kernel", "other", 4, 1.0)]
+    others = chip.flops_per_s * KERNEL_EFFICIENCY / 2
+    terms = seconds(ops, CUBE, PLACES, kernel_flops=others, kernel_s={"splash_mqa_fwd.1": 0.25})
+    want = dict(matrix=0.01, memory=0.003, kernels=1.5, exposed=0.003, overlapped=0.001)
     assert terms == pytest.approx(want)
 
 

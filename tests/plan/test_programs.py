@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pathlib
+
 import jax
 import pytest
 
@@ -7,6 +9,8 @@ from dr_jax.errors import ConfigError
 from dr_jax.model import weights
 from dr_jax.plan import programs, report
 from dr_jax.plan.estimate import bytes_per_chip, trace
+
+POD_CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("deepresearcher_*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def test_the_learner_step_multiplies_what_the_formula_says(read_config):
 
 
 def test_every_program_of_every_shipped_pod_traces_without_weights_or_chips(read_config):
-    for name in ("deepresearcher_7b", "deepresearcher_7b_v5p128", "deepresearcher_7b_v6e64"):
+    for name in POD_CONFIGS:
         setup = programs.setup(read_config(name), compiler=False)
         traced = {program.name: trace(program).flops for program in programs.programs(setup)}
         assert list(traced) == [report.LEARNER, "prefill", "decode", "hand_over"]

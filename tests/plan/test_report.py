@@ -1,16 +1,31 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pytest
 
 from dr_jax.plan import programs, report
 from dr_jax.plan.estimate import GIB, Compiled
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
 
 @pytest.fixture(scope="module")
 def plan(read_config):
     return report.make(programs.setup(read_config("deepresearcher_7b"), compiler=False), compiler=False)
+
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("deepresearcher_*.py")))
+def test_what_lies_where_is_as_it_was_read(read_config, name):
+    """A change is meant to show: write the file again with the command, and read the difference."""
+    config = f"configs/{name}.py"
+    found = report.layout(programs.setup(read_config(name), compiler=False), config) + "\n"
+    command = f"python tools/plan.py --config={config} --layout > tests/golden/{name}.txt"
+    assert found == (GOLDEN / f"{name}.txt").read_text(), command
 
 
 PARAMETERS = 7_615_616_512  # of Qwen2.5-7B, as published
@@ -23,7 +38,7 @@ def test_hbm_by_kind_is_what_one_works_out_by_hand(plan):
     assert hbm["reference"] == pytest.approx(2 * PARAMETERS / chips / GIB, rel=1e-3)
     assert hbm["engine_params"] == pytest.approx(2 * PARAMETERS / chips / GIB, rel=1e-3)
     assert hbm["kv_cache"] == 16 * 32768 * 57_344 / chips / GIB
-    assert hbm["activations"] == 28 * 32768 * 3584 * 2 / GIB  # one row a chip, remat keeps each layer's input
+    assert hbm["activations"] == 28 * 32768 * (3584 + 28 * 128) * 2 / GIB  # one row a chip: a layer's input, and o
     assert hbm["temporaries"] == 0
     assert hbm["total"] == pytest.approx(sum(hbm[kind] for kind in hbm if kind not in ("total", "limit")))
     assert hbm["limit"] == 95

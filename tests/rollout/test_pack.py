@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dr_jax.errors import BatchError
 from dr_jax.records import Call, Episode, Finish, Origin, Question, Role, StopReason
-from dr_jax.rollout.pack import Segment, pack, segments
+from dr_jax.rollout.pack import Segment, pack, pack_by_length, segments
 
 QUESTION = Question("q", "?", ("a",))
 
@@ -124,3 +124,26 @@ def test_rows_fill_from_the_top_so_that_the_rest_of_the_batch_is_padding():
         False,
         False,
     ]
+
+
+def segment_of(length: int) -> Segment:
+    weight = np.ones(length, np.float32)
+    weight[0] = 0
+    return Segment(np.full(length, length, np.int32), weight, -weight, 1.0)
+
+
+def test_a_segment_goes_beside_others_or_into_the_shortest_row_that_holds_it():
+    packed = pack_by_length([segment_of(n) for n in (3, 9, 4, 16, 2, 8, 8)], rows=3, lengths=(8, 16))
+    for batch, length in zip(packed, (8, 16), strict=True):
+        batch.check()
+        assert batch.token_bt.shape == (3, length)
+    short, long = ([[int(n) for n in dict.fromkeys(row.tolist()) if n] for row in batch.token_bt] for batch in packed)
+    assert long == [[16], [9, 4, 3], []]  # what is open and long takes short ones first
+    assert short == [[8], [8], [2]]
+
+
+def test_every_length_can_hold_all_segments_and_the_longest_row_is_the_limit():
+    packed = pack_by_length([segment_of(8)] * 3, rows=3, lengths=(8, 16))
+    assert [int((batch.segment_bt > 0).any(1).sum()) for batch in packed] == [3, 0]
+    with pytest.raises(BatchError, match="17 tokens does not fit: 3 rows of 16 tokens are full"):
+        pack_by_length([segment_of(17)], rows=3, lengths=(8, 16))
