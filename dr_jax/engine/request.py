@@ -33,9 +33,19 @@ class Request:
     told: int = 0  # of the drawn tokens, those that `on_tokens` has heard of
 
     @property
-    def goal(self) -> int:
-        """Tokens to prefill: all but the last, which is fed when the next one is drawn, or needs no successor."""
-        return len(self.tokens) - 1
+    def known(self) -> np.ndarray:
+        """All tokens so far: those given, and those drawn before the request was set back."""
+        return np.concatenate([self.tokens, np.asarray(self.drawn, np.int32)])
+
+    @property
+    def reusable(self) -> int:
+        """Leading positions whose keys and values may be the work of others: a score needs the logits of the rest."""
+        return self.score_from if self.scoring else len(self.tokens) + len(self.drawn) - 1
+
+    def reset(self) -> None:
+        """Serving begins anew: what was drawn is kept, what was scored is not."""
+        if self.scoring:
+            self.logps.clear()
 
     @property
     def scoring(self) -> bool:

@@ -2,7 +2,8 @@
 
     matrix      the compiler's own cycles of every fusion that multiplies, over the clock
     memory      of everything else: bytes over HBM bandwidth, or the compiler's cycles where those are fewer
-    kernels     FLOPs of Pallas kernels, of which the compiler knows nothing, over the peak times `KERNEL_EFFICIENCY`
+    kernels     FLOPs of Pallas kernels, of which the compiler knows nothing, over the peak times `KERNEL_EFFICIENCY`;
+                of the engine's, if that is longer, what it reads over HBM bandwidth times `KERNEL_BANDWIDTH`
     exposed     bytes on the wire over the links that the group of chips spans; nothing else runs meanwhile
     overlapped  the same for collectives that run beside other work; only what outlasts all other work counts
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import pathlib
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +25,10 @@ import jax
 
 from dr_jax.chips import Slice
 from dr_jax.plan import flops, hlo
-from dr_jax.plan.programs import Program
+from dr_jax.plan.programs import Program, Work
 
 KERNEL_EFFICIENCY = 0.35  # assumed, of the peak: no kernel of ours has been timed on a TPU
+KERNEL_BANDWIDTH = 0.8  # assumed, of HBM's, for the engine's kernel, which streams the cache
 GIB = 2**30
 
 
@@ -61,22 +65,34 @@ def trace(program: Program) -> Traced:
     """The program's multiplications. Shapes that do not fit each other raise here."""
     with jax.sharding.use_abstract_mesh(_abstract(program.scope)):
         traced = program.function.trace(*program.args)
-    return Traced(flops.count(traced.jaxpr.jaxpr, dynamic_trips=program.dynamic_trips), traced)
+    counted = flops.count(traced.jaxpr.jaxpr, dynamic_trips=program.dynamic_trips)
+    if program.paged:
+        counted = counted._replace(kernel=program.paged.flops * program.mesh.size)
+    return Traced(counted, traced)
 
 
 def compile_for(program: Program, traced: Traced, piece: Slice) -> Compiled:
     """Compiles for the slice's chips. A program that is too large for them is a `failure`, not an exception."""
     started_s = time.monotonic()
-    try:
-        with jax.sharding.use_abstract_mesh(_abstract(program.scope)):
-            compiled = traced.lowered.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        return Compiled(failure=_reason(str(error)), compile_s=time.monotonic() - started_s)
+    with tempfile.TemporaryDirectory() as folder:
+        # Written while it compiles, because `as_text` cannot read back every module that the compiler makes.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            with jax.sharding.use_abstract_mesh(_abstract(program.scope)):
+                compiled = traced.lowered.lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            return Compiled(failure=_reason(str(error)), compile_s=time.monotonic() - started_s)
+        (text,) = (path.read_text() for path in pathlib.Path(folder).glob("*.after_codegen.txt"))
     compile_s = time.monotonic() - started_s
     memory = compiled.memory_analysis()
-    ops = hlo.read(compiled.as_text(), devices=program.mesh.size, dynamic_trips=program.dynamic_trips)
+    ops = hlo.read(text, devices=program.mesh.size, dynamic_trips=program.dynamic_trips)
     kernel_flops = traced.flops.kernel / program.mesh.size
     coordinates = [device.coords for device in program.mesh.devices.flat]
+    if program.paged:  # to the compiler, its kernel reads the whole pool
+        ops = [dataclasses.replace(op, hbm_bytes=0.0) if op.kind == "kernel" else op for op in ops]
+        terms = seconds(ops, piece, coordinates, 0.0) | {"kernels": paged_seconds(program.paged, piece)}
+    else:
+        terms = seconds(ops, piece, coordinates, kernel_flops)
     return Compiled(
         compile_s=compile_s,
         temp_bytes=memory.temp_size_in_bytes
@@ -84,8 +100,9 @@ def compile_for(program: Program, traced: Traced, piece: Slice) -> Compiled:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
-        hbm_bytes=sum(op.runs * op.hbm_bytes for op in ops if op.kind in ("matrix", "memory", "kernel")),
-        seconds=seconds(ops, piece, coordinates, kernel_flops),
+        hbm_bytes=sum(op.runs * op.hbm_bytes for op in ops if op.kind in ("matrix", "memory", "kernel"))
+        + (program.paged.hbm_bytes if program.paged else 0.0),
+        seconds=terms,
         collectives=_by_kind(ops),
     )
 
@@ -107,6 +124,13 @@ def seconds(
             took_s = op.runs * wire_bytes(op) / link_bytes_per_s(op.group, piece, coordinates)
             terms["overlapped" if op.overlapped else "exposed"] += took_s
     return terms
+
+
+def paged_seconds(work: Work, piece: Slice) -> float:
+    """Estimated seconds of the engine's attention kernel: multiplying or reading, whichever takes longer."""
+    chip = piece.chip
+    multiplying_s = work.flops / (chip.flops_per_s * KERNEL_EFFICIENCY)
+    return max(multiplying_s, work.hbm_bytes / (chip.hbm_bytes_per_s * KERNEL_BANDWIDTH))
 
 
 def wire_bytes(op: hlo.Op) -> float:
