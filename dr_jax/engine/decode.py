@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dr_jax.engine.cache import PADDING, attend_blocks, copy_pages
 from dr_jax.engine.draw import Draw, draw
-from dr_jax.engine.ragged import attend_ragged
+from dr_jax.engine.ragged import LANES, attend_ragged
 from dr_jax.errors import ConfigError
 from dr_jax.model.attention import Attend
 from dr_jax.model.config import ModelConfig
@@ -86,6 +86,11 @@ def build(config: ModelConfig, *, mesh: Mesh, rules: Rules, steps: int, attentio
     names a row of `ATTENTION`."""
     if attention not in ATTENTION:
         raise ConfigError(f"engine.attention: got {attention!r}, allowed are {', '.join(ATTENTION)}")
+    if attention == "ragged" and config.head_dim % LANES:
+        raise ConfigError(
+            f"engine.attention: 'ragged' needs heads of a multiple of {LANES} channels, this model's have "
+            f"{config.head_dim}. Use 'blocks'."
+        )
 
     def run(params: Params, kv_pskh: jax.Array, table_bp, token_bt, position_bt) -> tuple[jax.Array, jax.Array]:
         attend = ATTENTION[attention](table_bp, position_bt, kv_pskh.shape[0] // config.num_layers, rules)

@@ -1,8 +1,8 @@
 """Attention over pages as a TPU kernel: the same values as `cache.attend_blocks`, at the bandwidth of the memory.
 
 The kernel is JAX's ragged paged attention (Pallas). It sees one chip's heads, so it runs under `shard_map`, together
-with the write into the pool that comes before it. It asks for heads of 128 channels and kv heads that fill its tiles
-(1, 2, 4 or multiples of 8 a chip). JAX 0.10 cannot interpret it, so its arguments are what a CPU can test.
+with the write into the pool that comes before it. It asks for heads of 128 channels (all sizes of Qwen2.5 but 0.5B)
+and kv heads that fill its tiles (1, 2, 4 or multiples of 8 a chip). JAX 0.10 cannot interpret it, so its arguments are what a CPU can test.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dr_jax.engine.pages import SINK
 from dr_jax.model.attention import Attend
 from dr_jax.model.letters import Rules, spec
 
+LANES = 128  # a head is a multiple of so many channels
 READ = 2048  # positions that the kernel fetches at a time, whatever of them is live
 _QUERIES = 32  # tokens at a time
 _SCRATCH_BYTES = 64 * 2**20  # of on-chip memory

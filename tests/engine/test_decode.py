@@ -35,9 +35,11 @@ def test_the_pool_is_updated_in_place(config, params, mesh):
         assert memory.temp_size_in_bytes < pool.nbytes / 4, "a program holds a second copy of the pool"
 
 
-def test_unknown_attention_is_named(config, mesh):
+def test_attention_that_cannot_be_is_named(config, mesh):
     with pytest.raises(ConfigError, match="engine.attention: got 'paged', allowed are blocks, ragged"):
         decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2, attention="paged")
+    with pytest.raises(ConfigError, match="engine.attention: 'ragged' needs heads of a multiple of 128 channels"):
+        decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2, attention="ragged")
 
 
 async def test_nothing_compiles_after_warm_up(engine, other_params, params):
