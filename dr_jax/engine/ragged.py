@@ -2,7 +2,8 @@
 
 The kernel is JAX's ragged paged attention (Pallas). It sees one chip's heads, so it runs under `shard_map`, together
 with the write into the pool that comes before it. It asks for heads of 128 channels (all sizes of Qwen2.5 but 0.5B)
-and kv heads that fill its tiles (1, 2, 4 or multiples of 8 a chip). JAX 0.10 cannot interpret it, so its arguments are what a CPU can test.
+and kv heads that fill its tiles (1, 2, 4 or multiples of 8 a chip). JAX 0.10 cannot interpret it, so its arguments
+are what a CPU can test.
 """
 
 from __future__ import annotations
