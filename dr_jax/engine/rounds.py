@@ -65,7 +65,7 @@ class Rounds:
         self._kv = kv.make(**self._pool_of)
         self.sequences = Sequences(Pages(pages, page_tokens), context)
         self._slots, self._steps = slots, decode_steps
-        self._prefill_widths = (1, prefill_rows)  # rows of an `extend`: one chunk alone, or several
+        self._prefill_widths = prefill_widths(prefill_rows)
         self._decode_widths = decode_widths(slots)
         self._chunk, self._decode_text = prefill_chunk, decode_text
         self._prefilled_in_a_row = 0
@@ -78,7 +78,7 @@ class Rounds:
 
     def warm_up(self) -> None:
         """Compiles every program in each of its shapes, by running it on nothing."""
-        for width in sorted(set(self._prefill_widths)):
+        for width in self._prefill_widths:
             self._kv = self._programs.extend(self._params, self._kv, *self._padding(width))
         table_bp, token_bt, position_bt = self._padding(1)
         self._kv, _ = self._programs.score(self._params, self._kv, table_bp, token_bt, position_bt, token_bt)
@@ -173,14 +173,16 @@ class Rounds:
             self._kv = self._programs.copy(self._kv, source_c, target_c, np.int32(len(part)))
 
     def _extend(self, ready: ListOf[Request]) -> None:
-        """A batch of chunks: as many of each prompt as it lacks, the first prompts first."""
+        """A batch of chunks: as many of each prompt as it lacks, the first prompts first. A batch that would be less
+        than half full is a narrower one, and another round."""
         parts: list[tuple[Request, int]] = []
-        most = self._prefill_widths[1]
         for request in ready:
             lacks = request.reusable - self.serving[request].filled
             parts += [(request, min(self._chunk, lacks - at)) for at in range(0, lacks, self._chunk)]
-        parts = parts[:most]
-        table_bp, token_bt, position_bt = self._padding(self._prefill_widths[len(parts) > 1])
+        most = self._prefill_widths[-1]
+        width = next(width for width in self._prefill_widths if 2 * width >= min(len(parts), most))
+        parts = parts[:width]
+        table_bp, token_bt, position_bt = self._padding(width)
         self._taking_part = [request for request, _ in parts]
         for row, (request, count) in enumerate(parts):
             self._fill_row(request, count, table_bp[row], token_bt[row], position_bt[row])
@@ -292,6 +294,14 @@ class Rounds:
 
     def _leave(self, request: Request) -> None:
         self.sequences.close(self.serving.pop(request))
+
+
+def prefill_widths(rows: int) -> tuple[int, ...]:
+    """Rows of an `extend`, narrowest first: all of them, a quarter, and so on."""
+    widths = [rows]
+    while widths[-1] >= 4:
+        widths.append(widths[-1] // 4)
+    return tuple(reversed(widths))
 
 
 def decode_widths(slots: int) -> tuple[int, ...]:

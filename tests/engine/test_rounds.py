@@ -8,7 +8,7 @@ import contextlib
 import numpy as np
 import pytest
 
-from dr_jax.engine.rounds import decode_widths
+from dr_jax.engine.rounds import decode_widths, prefill_widths
 from dr_jax.records import Finish, Sampling
 
 
@@ -188,6 +188,13 @@ async def test_a_long_prompt_does_not_stall_who_draws(fresh):
     done, _ = await asyncio.wait([short, long], return_when=asyncio.FIRST_COMPLETED)
     assert done == {short}
     await long
+
+
+def test_rows_of_a_prefill():
+    assert prefill_widths(1) == (1,)
+    assert prefill_widths(4) == (1, 4)
+    assert prefill_widths(8) == (2, 8)
+    assert prefill_widths(16) == (1, 4, 16)
 
 
 def test_rows_of_a_decode_step():
