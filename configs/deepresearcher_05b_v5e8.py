@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("deepresearcher_7b.py")))["get_config"]()
-    config.engine.slots = 16  # 12,288 bytes of KV a token: 3 GiB a chip
+    config.engine.slots = 16
+    config.engine.pages = 4096  # of 128 tokens, 12,288 bytes each: 3 GiB a chip, every slot at full context
+    config.engine.attention = "blocks"  # the kernel takes no heads of 64 channels
     config.engine.tensor = 2  # the most that 2 kv heads allow
     config.model.path = "Qwen2.5-0.5B-Instruct"
     config.model.remat = "full"

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("deepresearcher_7b.py")))["get_config"]()
-    config.engine.slots = 8  # of each host's engine: 262,144 bytes of KV a token, 16 GiB a chip
+    config.engine.slots = 8  # of each host's engine
+    config.engine.pages = 2048  # of 128 tokens, 262,144 bytes each: 16 GiB a chip, every slot at full context
     config.model.path = "Qwen2.5-32B-Instruct"
     config.model.remat = "full"  # 10 KiB a token and layer: 20 GiB for a row
     config.topology = "v5p:4x4x4"

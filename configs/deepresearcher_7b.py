@@ -82,12 +82,14 @@ def get_config() -> ConfigDict:
     config.rollout.max_infra_fraction = 0.2
 
     config.engine = ConfigDict()
-    config.engine.slots = 16  # 57,344 bytes of KV a token in bf16: 28 GiB at full context, over the host's chips
+    config.engine.slots = 16
     config.engine.context = 32768  # what Qwen2.5 was trained for
+    config.engine.pages = 4096  # of 128 tokens, 57,344 bytes each in bf16: 28 GiB over the host's chips
     config.engine.tensor = 4  # the most that 4 kv heads allow
     config.engine.prefill_rows = 4
     config.engine.prefill_chunk = 1024
     config.engine.decode_steps = 16
+    config.engine.attention = "ragged"  # the TPU's kernel; 'blocks' runs anywhere
 
     config.model = ConfigDict()
     config.model.path = "Qwen2.5-7B-Instruct"  # a local directory

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("deepresearcher_7b.py")))["get_config"]()
-    config.engine.slots = 4  # of each host's engine: 1.75 GiB of KV a chip
+    config.engine.slots = 4  # of each host's engine
+    config.engine.pages = 1024  # 1.75 GiB a chip: every slot at full context
     config.model.remat = "full"  # 7 KiB a token and layer, cut in four
     config.topology = "v5e:8x8"
     config.mesh = ConfigDict(dict(data=1, fsdp=16, tensor=4))

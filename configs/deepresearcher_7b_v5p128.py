@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("deepresearcher_7b.py")))["get_config"]()
     config.engine.slots = 64  # of each host's engine
+    config.engine.pages = 16384  # 112 GiB over a host's four chips: every slot at full context
     config.topology = "v5p:4x4x4"
     config.mesh = ConfigDict(dict(data=1, fsdp=64, tensor=1))
     #                       weights    activations

@@ -78,10 +78,12 @@ def get_config() -> ConfigDict:
     config.engine = ConfigDict()
     config.engine.slots = 128
     config.engine.context = 2048
+    config.engine.pages = 2048  # of 128 tokens: enough for all slots at full context
     config.engine.tensor = 1
     config.engine.prefill_rows = 8
     config.engine.prefill_chunk = 128
     config.engine.decode_steps = 8
+    config.engine.attention = "blocks"  # 'ragged' is the TPU's kernel
 
     config.model = ConfigDict()
     config.model.path = "world"

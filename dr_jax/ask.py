@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ask(run: RunConfig, values: flags.FlagValues) -> None:
     run = assemble.with_checkpoint(run, values.checkpoint)
-    # One sequence: no need for the slots of a training run.
-    run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, slots=1, prefill_rows=1))
+    # One sequence: no need for the slots and pages of a training run.
+    run = dataclasses.replace(run, engine=dataclasses.replace(run.engine, slots=1, pages=0, prefill_rows=1))
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
 
     async def work(workdir: pathlib.Path) -> Episode:

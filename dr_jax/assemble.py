@@ -274,9 +274,11 @@ def engine(run: RunConfig, device: Device, host: Host) -> Engine:
         rules=letters.DEFAULT_RULES,
         slots=settings.slots,
         context=settings.context,
+        pages=settings.pages,
         prefill_rows=settings.prefill_rows,
         prefill_chunk=settings.prefill_chunk,
         decode_steps=settings.decode_steps,
+        attention=settings.attention,
         decode_text=host.chat.decode,
     )
 

@@ -99,11 +99,13 @@ class Rollout:
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
     slots: int  # sequences decoded at once
-    context: int  # tokens of one slot
+    context: int  # tokens of one sequence, at most
+    pages: int  # of engine.cache.PAGE tokens, for all sequences and what is kept for later; 0 = slots of full context
     tensor: int  # devices one engine replica spans
     prefill_rows: int
     prefill_chunk: int  # tokens
     decode_steps: int  # tokens decoded between two looks of the host
+    attention: str  # a row of engine.decode.ATTENTION: 'blocks' anywhere, 'ragged' on TPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +205,9 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed", "agent.temperature", "agent.top_k", "rollout.max_infra_fraction", "grpo.clip_low", "grpo.clip_high",
     "grpo.kl_coef", "grpo.entropy_coef", "optim.warmup_steps", "optim.weight_decay", "eval.every_steps",
-    "questions.world_count", "web.min_delay_s", "budget.max_usd", "budget.max_calls", "budget.max_bytes",
-    "budget.max_step_usd", "budget.max_step_calls", "budget.max_step_bytes", "web.max_searches_per_s",
-    "rollout.max_policy_lag", "grpo.tis_cap",
+    "questions.world_count", "engine.pages", "web.min_delay_s", "budget.max_usd", "budget.max_calls",
+    "budget.max_bytes", "budget.max_step_usd", "budget.max_step_calls", "budget.max_step_bytes",
+    "web.max_searches_per_s", "rollout.max_policy_lag", "grpo.tis_cap",
 )  # fmt: skip
 _CHOICES = {
     "web.cache_mode": ("live", "record", "replay"),

@@ -26,6 +26,7 @@ SMALL = [
     "--config.eval.questions=4",
     "--config.eval.every_steps=0",
     "--config.engine.slots=8",
+    "--config.engine.pages=0",
     "--config.batch.rows=8",
     "--config.batch.micro_rows=4",
     "--config.checkpoint.every_steps=2",

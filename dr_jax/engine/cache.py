@@ -1,95 +1,97 @@
-"""Keys and values of every slot, in one dense array per kind that is donated to each program and updated in place.
+"""Keys and values in pages, one pool for all layers, donated to each program and updated in place.
 
-A slot is a row of `context` positions that belongs to one sequence at a time. What a slot holds is valid up to a length
-that the host knows (`slots.py`); whatever lies beyond is garbage that is overwritten before it is ever attended to.
+The pool is `kv_pskh`: page, position in the page, kv head with its key at 2k and its value at 2k + 1, channel. The
+pages of layer l begin at l * (pages + 1), so no layer is ever cut out of it (a slice would be copied); page 0 of each
+is the sink, which nobody reads. It is what the TPU's ragged paged attention kernel asks for (`ragged.py`). What a page
+holds is the host's business (`pages.py`): whatever lies beyond is garbage that is overwritten before it is attended to.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from dr_jax.engine.pages import SINK
 from dr_jax.model.attention import Attend
 from dr_jax.model.config import ModelConfig
 
-BLOCK = 256  # positions attended to, or copied, at a time; a sequence costs its own length, rounded up to this
+PAGE = 128  # tokens of a page; what the TPU's kernel reads at a time are several
+PADDING = -1  # the position of a token that is none: nothing is written for it, and it attends to nothing
+COPIES = 16  # pages copied by one call
 _GROUP = 8  # rows attended to at a time: enough work for one operation to be worth several cores
 
 
-class Cache(NamedTuple):
-    """`b` is the slot here, `s` the position; kv heads come before positions so that a block of a head is
-    contiguous."""
-
-    k_lbksh: jax.Array
-    v_lbksh: jax.Array
-
-    @property
-    def positions(self) -> int:
-        """Positions of a slot. A token said to be at this position is padding: nothing is written for it."""
-        return self.k_lbksh.shape[3]
+def enough(slots: int, context: int, page_tokens: int = PAGE) -> int:
+    """Pages for `slots` sequences of the whole context."""
+    return slots * -(-context // page_tokens)
 
 
-def make(config: ModelConfig, *, slots: int, context: int, dtype: Any, sharding: NamedSharding) -> Cache:
-    """An empty cache, built where it lies."""
-    positions = -(-context // BLOCK) * BLOCK
-    dims = (config.num_layers, slots, config.num_kv_heads, positions, config.head_dim)
-    zeros = jax.jit(lambda: Cache(jnp.zeros(dims, dtype), jnp.zeros(dims, dtype)), out_shardings=sharding)
-    return zeros()
+def make(config: ModelConfig, *, pages: int, page_tokens: int, dtype: Any, sharding: NamedSharding | None) -> jax.Array:
+    """An empty pool, built where it lies; the sink comes on top of `pages`."""
+    dims = (config.num_layers * (pages + 1), page_tokens, 2 * config.num_kv_heads, config.head_dim)
+    return jax.jit(lambda: jnp.zeros(dims, dtype), out_shardings=sharding)()
 
 
-def attend_slots(slot_b: jax.Array, position_bt: jax.Array, positions: int) -> Attend:
-    """Attention of row b's tokens, at `position_bt`, to everything in slot `slot_b` up to and including themselves.
+def write(kv_pskh: jax.Array, layer_page: jax.Array, table_bp, position_bt, k_btkh, v_btkh) -> jax.Array:
+    """The pool with the tokens' keys and values. `layer_page` is the layer's first page."""
+    b, t, k, h = k_btkh.shape
+    size = kv_pskh.shape[1]
+    page_bt = jnp.take_along_axis(table_bp, jnp.maximum(position_bt, 0) // size, axis=1)
+    page_bt = layer_page + jnp.where(position_bt == PADDING, SINK, page_bt)
+    # Only finite values are stored: a masked position has probability 0, and 0 * nan would spoil the next user.
+    new_btkh = jnp.nan_to_num(jnp.stack([k_btkh, v_btkh], axis=3).reshape(b, t, 2 * k, h))
+    return kv_pskh.at[page_bt, position_bt % size].set(new_btkh, mode="promise_in_bounds")
 
-    Writes the tokens' keys and values first. Rows are taken in order of length, a group at a time, and a group walks
-    over its own live blocks only. A block beyond a row's end adds exactly nothing to it, so neither the other rows
-    nor how they are grouped can change its result.
+
+def attend_blocks(table_bp: jax.Array, position_bt: jax.Array, layer_pages: int) -> Attend:
+    """Attention of row b's tokens, at `position_bt`, to everything in its pages up to and including themselves.
+
+    Writes the tokens' keys and values first, so rows may be parts of one sequence. Rows are taken in order of length,
+    a group at a time, and a group walks over its own live pages only. A page beyond a row's end adds exactly nothing
+    to it, so neither the other rows nor how they are grouped can change its result.
     """
-    b = slot_b.shape[0]
-    live_b = jnp.where(position_bt < positions, position_bt + 1, 0).max(axis=1)
+    b = table_bp.shape[0]
+    live_b = position_bt.max(axis=1) + 1
     order_rg = jnp.argsort(live_b).reshape(-1, math.gcd(b, _GROUP))  # group r, member g
-    blocks_r = (live_b[order_rg].max(axis=1) + BLOCK - 1) // BLOCK
 
-    def attend(layer: jax.Array, q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, cache: Cache):
+    def attend(layer: jax.Array, q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, kv_pskh: jax.Array):
         _, t, n, h = q_btnh.shape
-        k = k_btkh.shape[2]
-        # Only finite values are stored: a masked position has probability 0, and 0 * nan would spoil
-        # the slot's next user.
-        cache = Cache(
-            cache.k_lbksh.at[layer, slot_b[:, None], :, position_bt].set(jnp.nan_to_num(k_btkh)),
-            cache.v_lbksh.at[layer, slot_b[:, None], :, position_bt].set(jnp.nan_to_num(v_btkh)),
-        )
+        k, size = k_btkh.shape[2], kv_pskh.shape[1]
+        kv_pskh = write(kv_pskh, layer * layer_pages, table_bp, position_bt, k_btkh, v_btkh)
         # The g query heads of a kv head are folded into t, so that scores come out of one product with s innermost.
         q_bkth = q_btnh.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, n // k * t, h)
         folded_bt = jnp.tile(position_bt, (1, n // k))
+        blocks_r = (live_b[order_rg].max(axis=1) + size - 1) // size
 
         def attend_group(group: tuple[jax.Array, jax.Array]) -> jax.Array:
             row_b, blocks = group
-            return _attend_blocks(cache, layer, q_bkth[row_b], slot_b[row_b], folded_bt[row_b], blocks)
+            pages_bp = table_bp[row_b] + layer * layer_pages
+            return _attend_pages(kv_pskh, pages_bp, q_bkth[row_b], folded_bt[row_b], blocks)
 
         o_rbkth = jax.lax.map(attend_group, (order_rg, blocks_r))
         o_bkgth = o_rbkth.reshape(b, k, n // k, t, h)[jnp.argsort(order_rg.reshape(b))]
-        return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q_btnh.dtype), cache
+        return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q_btnh.dtype), kv_pskh
 
     return attend
 
 
-def _attend_blocks(cache: Cache, layer, q_bkth, slot_b, position_bt, blocks: jax.Array) -> jax.Array:
-    """Softmax attention over the first `blocks` blocks of the slots, renormalised as the running maximum grows; f32."""
+def _attend_pages(kv_pskh, pages_bp, q_bkth, position_bt, blocks: jax.Array) -> jax.Array:
+    """Softmax attention over the first `blocks` pages of each row, renormalised as the running maximum grows; f32."""
     b, k, t, h = q_bkth.shape
+    size = kv_pskh.shape[1]
 
-    def block_of(x_lbksh: jax.Array, j: jax.Array) -> jax.Array:
-        starts = [(layer, slot_b[row], 0, j * BLOCK, 0) for row in range(b)]
-        return jnp.concatenate([jax.lax.dynamic_slice(x_lbksh, s, (1, 1, k, BLOCK, h))[0] for s in starts])
-
-    def add_block(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+    def add_page(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
         top_bkt, total_bkt, o_bkth = state
-        k_bksh, v_bksh = block_of(cache.k_lbksh, j), block_of(cache.v_lbksh, j)
+        rows = [jax.lax.dynamic_slice(kv_pskh, (pages_bp[i, j], 0, 0, 0), (1, size, 2 * k, h)) for i in range(b)]
+        # Heads before positions, so that a product finds what it reads side by side; 0 = keys, 1 = values.
+        kv_2bksh = jnp.concatenate(rows).reshape(b, size, k, 2, h).transpose(3, 0, 2, 1, 4)
+        k_bksh, v_bksh = kv_2bksh[0], kv_2bksh[1]
         score_bkts = jnp.einsum("bkth,bksh->bkts", q_bkth, k_bksh, preferred_element_type=jnp.float32) * h**-0.5
-        seen_bts = (j * BLOCK + jnp.arange(BLOCK))[None, None, :] <= position_bt[:, :, None]
+        seen_bts = (j * size + jnp.arange(size))[None, None, :] <= position_bt[:, :, None]
         score_bkts = jnp.where(seen_bts[:, None], score_bkts, -jnp.inf)
         new_top_bkt = jnp.maximum(top_bkt, score_bkts.max(-1))
         shrink_bkt = jnp.exp(top_bkt - new_top_bkt)
@@ -100,21 +102,19 @@ def _attend_blocks(cache: Cache, layer, q_bkth, slot_b, position_bt, blocks: jax
         total_bkt = total_bkt * shrink_bkt + prob_bkts.sum(-1)
         return new_top_bkt, total_bkt, o_bkth * shrink_bkt[..., None] + part_bkth
 
-    # A finite floor: an inert row sees no block at all, and must still divide by something.
+    # A finite floor: an inert row sees no page at all, and must still divide by something.
     state = (jnp.full((b, k, t), -1e30), jnp.full((b, k, t), 1e-30), jnp.zeros((b, k, t, h)))
-    _, total_bkt, o_bkth = jax.lax.fori_loop(0, blocks, add_block, state)
+    _, total_bkt, o_bkth = jax.lax.fori_loop(0, blocks, add_page, state)
     return o_bkth / total_bkt[..., None]
 
 
-def copy_prefix(cache: Cache, source: jax.Array, target: jax.Array, length: jax.Array) -> Cache:
-    """`cache` with the first `length` positions of slot `source` (rounded up to whole blocks) also in slot `target`."""
+def copy_pages(kv_pskh: jax.Array, source_c: jax.Array, target_c: jax.Array, count: jax.Array, *, layers: int):
+    """The pool with the first `count` pages of `source_c` also at `target_c`, in all layers, one after another."""
+    _, s, k, h = kv_pskh.shape
+    by_layer_lpskh = kv_pskh.reshape(layers, -1, s, k, h)
 
-    def copy_block(j: jax.Array, x_lbksh: jax.Array) -> jax.Array:
-        l, _, k, _, h = x_lbksh.shape
-        block = jax.lax.dynamic_slice(x_lbksh, (0, source, 0, j * BLOCK, 0), (l, 1, k, BLOCK, h))
-        return jax.lax.dynamic_update_slice(x_lbksh, block, (0, target, 0, j * BLOCK, 0))
+    def copy(i: jax.Array, pool_lpskh: jax.Array) -> jax.Array:
+        page = jax.lax.dynamic_slice(pool_lpskh, (0, source_c[i], 0, 0, 0), (layers, 1, s, k, h))
+        return jax.lax.dynamic_update_slice(pool_lpskh, page, (0, target_c[i], 0, 0, 0))
 
-    def copy(x_lbksh: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, (length + BLOCK - 1) // BLOCK, copy_block, x_lbksh)
-
-    return Cache(copy(cache.k_lbksh), copy(cache.v_lbksh))
+    return jax.lax.fori_loop(0, count, copy, by_layer_lpskh).reshape(kv_pskh.shape)

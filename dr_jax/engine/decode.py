@@ -1,15 +1,18 @@
-"""The four programs of the engine. Their shapes are fixed when they are built, so each compiles exactly once.
+"""The four programs of the engine. Their shapes are fixed when it is made, and all are compiled before it serves.
 
-    extend    p rows x c prompt tokens into their slots      no logits: a prompt's last token is fed by `generate`
+    extend    r rows x c prompt tokens into their pages      no logits: a prompt's last token is fed by `generate`
     score     the same, returning the log-probability of given next tokens
-    generate  up to `steps` tokens for all slots at once, between two visits to the host
-    copy      one slot's prefix into another slot
+    generate  up to `steps` tokens for all rows at once, between two visits to the host
+    copy      up to `cache.COPIES` pages over other pages
 
-All but the arguments that live on device are numpy arrays, made anew for each call; the cache is donated.
+A row is a sequence, or a part of one: all rows write before any row attends. Nothing ties a sequence to a row; where
+its keys and values are is told by its line of the block table, `table_bp`. All but the arguments that live on device
+are numpy arrays, made anew for each call; the pool of pages is donated.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,19 +21,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dr_jax.engine.cache import Cache, attend_slots, copy_prefix
+from dr_jax.engine.cache import PADDING, attend_blocks, copy_pages
 from dr_jax.engine.draw import Draw, draw
+from dr_jax.engine.ragged import LANES, attend_ragged
+from dr_jax.errors import ConfigError
+from dr_jax.model.attention import Attend
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.letters import Rules, spec
 from dr_jax.model.qwen2 import forward, unembed
 from dr_jax.model.weights import Params
 
+ATTENTION: dict[str, Callable[..., Attend]] = {
+    "blocks": lambda table_bp, position_bt, layer_pages, rules: attend_blocks(table_bp, position_bt, layer_pages),
+    "ragged": attend_ragged,
+}
 MAX_STOP_IDS = 8  # per request
 
 
 class Rows(NamedTuple):
-    """What `generate` must know of each slot; arrays [b]. An inert slot costs no attention and writes nothing."""
+    """What `generate` must know of each row; arrays [b]. An inert row writes nothing."""
 
+    table_bp: np.ndarray  # int32, the pages of each row
     live_b: np.ndarray  # bool
     token_b: np.ndarray  # int32, the last token, not fed yet
     position_b: np.ndarray  # int32, where it goes
@@ -40,7 +51,7 @@ class Rows(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What `generate` drew; step i of slot b counts where `live_ib`."""
+    """What `generate` drew; step i of row b counts where `live_ib`."""
 
     token_ib: jax.Array
     logp_ib: jax.Array
@@ -48,75 +59,84 @@ class Drawn(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Jitted; see the module."""
+    """Jitted; see the module. `kv` is the pool."""
 
-    extend: Callable[..., Cache]  # (params, cache, slot_b, token_bt, position_bt)
-    score: Callable[..., tuple[Cache, jax.Array]]  # (params, cache, slot_b, token_bt, position_bt, next_token_bt)
-    generate: Callable[..., tuple[Cache, Drawn]]  # (params, cache, rows)
-    copy: Callable[..., Cache]  # (cache, source, target, length)
+    extend: Callable[..., jax.Array]  # (params, kv, table_bp, token_bt, position_bt)
+    score: Callable[..., tuple[jax.Array, jax.Array]]  # (params, kv, table_bp, token_bt, position_bt, next_token_bt)
+    generate: Callable[..., tuple[jax.Array, Drawn]]  # (params, kv, rows)
+    copy: Callable[..., jax.Array]  # (kv, source_c, target_c, count)
 
 
-def inert(slots: int) -> Rows:
-    """Rows in which no slot is live, for the host to fill in."""
-    zeros, ones = np.zeros(slots, np.int32), np.ones(slots, np.float32)
+def inert(rows: int, pages: int) -> Rows:
+    """Rows of which none is live, of `pages` pages each, for the host to fill in."""
+    zeros, ones = np.zeros(rows, np.int32), np.ones(rows, np.float32)
     return Rows(
-        live_b=np.zeros(slots, bool),
+        table_bp=np.zeros((rows, pages), np.int32),
+        live_b=np.zeros(rows, bool),
         token_b=zeros.copy(),
         position_b=zeros.copy(),
         budget_b=zeros.copy(),
-        stop_bj=np.full((slots, MAX_STOP_IDS), -1, np.int32),
-        draw=Draw(0 * ones, ones.copy(), zeros.copy(), np.zeros(slots, np.uint32), zeros.copy()),
+        stop_bj=np.full((rows, MAX_STOP_IDS), -1, np.int32),
+        draw=Draw(0 * ones, ones.copy(), zeros.copy(), np.zeros(rows, np.uint32), zeros.copy()),
     )
 
 
-def build(config: ModelConfig, *, mesh: Mesh, rules: Rules, steps: int) -> Programs:
-    """The programs for one network on one mesh. `steps` = tokens drawn between two visits to the host."""
+def build(config: ModelConfig, *, mesh: Mesh, rules: Rules, steps: int, attention: str = "blocks") -> Programs:
+    """The programs for one network on one mesh. `steps` = tokens drawn between two visits to the host; `attention`
+    names a row of `ATTENTION`."""
+    if attention not in ATTENTION:
+        raise ConfigError(f"engine.attention: got {attention!r}, allowed are {', '.join(ATTENTION)}")
+    if attention == "ragged" and config.head_dim % LANES:
+        raise ConfigError(
+            f"engine.attention: 'ragged' needs heads of a multiple of {LANES} channels, this model's have "
+            f"{config.head_dim}. Use 'blocks'."
+        )
 
-    def extend(params: Params, cache: Cache, slot_b, token_bt, position_bt) -> Cache:
-        attend = attend_slots(slot_b, position_bt, cache.positions)
-        return forward(params, config, token_bt, position_bt, attend=attend, rules=rules, cache=cache)[1]
+    def run(params: Params, kv_pskh: jax.Array, table_bp, token_bt, position_bt) -> tuple[jax.Array, jax.Array]:
+        attend = ATTENTION[attention](table_bp, position_bt, kv_pskh.shape[0] // config.num_layers, rules)
+        return forward(params, config, token_bt, position_bt, attend=attend, rules=rules, cache=kv_pskh)
 
-    def score(params: Params, cache: Cache, slot_b, token_bt, position_bt, next_token_bt):
-        attend = attend_slots(slot_b, position_bt, cache.positions)
-        x_btd, cache = forward(params, config, token_bt, position_bt, attend=attend, rules=rules, cache=cache)
+    def extend(params: Params, kv_pskh: jax.Array, table_bp, token_bt, position_bt) -> jax.Array:
+        return run(params, kv_pskh, table_bp, token_bt, position_bt)[1]
+
+    def score(params: Params, kv_pskh: jax.Array, table_bp, token_bt, position_bt, next_token_bt):
+        x_btd, kv_pskh = run(params, kv_pskh, table_bp, token_bt, position_bt)
 
         def logp_of(row) -> jax.Array:  # row by row: a chunk of logits of a large vocabulary is all that fits
             x_td, next_token_t = row
             logits_tv = unembed(params, config, x_td[None])[0]
             return jnp.take_along_axis(jax.nn.log_softmax(logits_tv), next_token_t[:, None], axis=-1)[:, 0]
 
-        return cache, jax.lax.map(logp_of, (x_btd, next_token_bt))
+        return kv_pskh, jax.lax.map(logp_of, (x_btd, next_token_bt))
 
-    def generate(params: Params, cache: Cache, rows: Rows) -> tuple[Cache, Drawn]:
+    def generate(params: Params, kv_pskh: jax.Array, rows: Rows) -> tuple[jax.Array, Drawn]:
         b = rows.live_b.shape[0]
         drawn = Drawn(jnp.zeros((steps, b), jnp.int32), jnp.zeros((steps, b), jnp.float32), jnp.zeros((steps, b), bool))
 
-        def step(state: tuple[jax.Array, Cache, Rows, Drawn]):
-            i, cache, rows, drawn = state
-            position_b1 = jnp.where(rows.live_b, rows.position_b, cache.positions)[:, None]
-            attend = attend_slots(jnp.arange(b), position_b1, cache.positions)
-            x_b1d, cache = forward(
-                params, config, rows.token_b[:, None], position_b1, attend=attend, rules=rules, cache=cache
-            )
+        def step(state: tuple[jax.Array, jax.Array, Rows, Drawn]):
+            i, kv_pskh, rows, drawn = state
+            position_b1 = jnp.where(rows.live_b, rows.position_b, PADDING)[:, None]
+            x_b1d, kv_pskh = run(params, kv_pskh, rows.table_bp, rows.token_b[:, None], position_b1)
             token_b, logp_b = draw(unembed(params, config, x_b1d)[:, 0], rows.draw)
             drawn = Drawn(
                 *(all_ib.at[i].set(x_b) for all_ib, x_b in zip(drawn, (token_b, logp_b, rows.live_b), strict=True))
             )
-            return i + 1, cache, _advance(rows, token_b), drawn
+            return i + 1, kv_pskh, _advance(rows, token_b), drawn
 
-        def more(state: tuple[jax.Array, Cache, Rows, Drawn]) -> jax.Array:
+        def more(state: tuple[jax.Array, jax.Array, Rows, Drawn]) -> jax.Array:
             i, _, rows, _ = state
             return (i < steps) & rows.live_b.any()
 
-        _, cache, _, drawn = jax.lax.while_loop(more, step, (jnp.int32(0), cache, rows, drawn))
-        return cache, drawn
+        _, kv_pskh, _, drawn = jax.lax.while_loop(more, step, (jnp.int32(0), kv_pskh, rows, drawn))
+        return kv_pskh, drawn
 
-    placed = NamedSharding(mesh, spec("lbksh", rules.activations))
+    placed = NamedSharding(mesh, spec("pskh", rules.activations))
+    copy = functools.partial(copy_pages, layers=config.num_layers)
     return Programs(
         extend=jax.jit(extend, donate_argnums=1, out_shardings=placed),
         score=jax.jit(score, donate_argnums=1, out_shardings=(placed, None)),
         generate=jax.jit(generate, donate_argnums=1, out_shardings=(placed, None)),
-        copy=jax.jit(copy_prefix, donate_argnums=0, out_shardings=placed),
+        copy=jax.jit(copy, donate_argnums=0, out_shardings=placed),
     )
 
 

@@ -33,9 +33,19 @@ class Request:
     told: int = 0  # of the drawn tokens, those that `on_tokens` has heard of
 
     @property
-    def goal(self) -> int:
-        """Tokens to prefill: all but the last, which is fed when the next one is drawn, or needs no successor."""
-        return len(self.tokens) - 1
+    def known(self) -> np.ndarray:
+        """All tokens so far: those given, and those drawn before the request was set back."""
+        return np.concatenate([self.tokens, np.asarray(self.drawn, np.int32)])
+
+    @property
+    def reusable(self) -> int:
+        """Leading positions whose keys and values may be the work of others: a score needs the logits of the rest."""
+        return self.score_from if self.scoring else len(self.tokens) + len(self.drawn) - 1
+
+    def reset(self) -> None:
+        """Serving begins anew: what was drawn is kept, what was scored is not."""
+        if self.scoring:
+            self.logps.clear()
 
     @property
     def scoring(self) -> bool:
@@ -89,7 +99,7 @@ def complaint(sampling: Sampling, *, vocab_size: int, can_decode: bool) -> str:
         f"max_new_tokens: got {sampling.max_new_tokens}, must be at least 1": sampling.max_new_tokens < 1,
         f"temperature: got {sampling.temperature}, must be 0 (greedy) or at least 0.001": not warm,
         f"top_p: got {sampling.top_p}, must be in (0, 1]": not 0 < sampling.top_p <= 1,
-        f"top_k: got {sampling.top_k}, must be 0 (all) or more": sampling.top_k < 0,
+        f"top_k: got {sampling.top_k}, must be 0 (all) or more, and less than 2**31": not 0 <= sampling.top_k < 2**31,
         f"stop_ids: {unknown} are not in the vocabulary of {vocab_size}": bool(unknown),
         f"stop_ids: got {len(sampling.stop_ids)}, at most {MAX_STOP_IDS}": len(sampling.stop_ids) > MAX_STOP_IDS,
         "stop_strings: this engine was made without decode_text": bool(sampling.stop_strings) and not can_decode,

@@ -1,12 +1,14 @@
 """What the device thread does with the requests it holds, one round after another. No thread and no clock in here.
 
-A round either prefills chunks of prompts that lack keys and values, or draws some tokens for every slot at once.
-Prompts go first, because a decode step costs nearly the same however many slots take part.
+A round either prefills a batch of prompt tokens that lack keys and values, or draws some tokens for every row at once.
+Prompts go first, because a decode step costs nearly the same however many rows take part; but after `_BURST` rounds of
+them in a row whoever can draw draws, so a long prompt stalls nobody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as ListOf
 
 import jax
 import numpy as np
@@ -14,19 +16,24 @@ from jax.sharding import Mesh, NamedSharding
 
 from dr_jax.engine import cache as kv
 from dr_jax.engine import decode
+from dr_jax.engine.pages import Pages
 from dr_jax.engine.request import Request, stop_string_end
-from dr_jax.engine.slots import Copy, Prefix, Slots
+from dr_jax.engine.sequences import Copy, Sequence, Sequences
 from dr_jax.errors import ConfigError
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.letters import Rules, spec
 from dr_jax.model.weights import Params, shape, shardings, tree
 from dr_jax.records import Finish
 
-DecodeText = Callable[[Sequence[int]], str]
+DecodeText = Callable[[ListOf[int]], str]
+
+_BURST = 4  # rounds of prefill in a row while somebody could draw
+_DEVICE_ERRORS = 3  # in a row; more, and the device is taken for broken
+_NARROWEST = 64  # rows; a CPU's matrix products of fewer rows sum in another order, and a token could change
 
 
 class Rounds:
-    """The requests in slots, the weights, and the cache."""
+    """The requests being served, the weights, and the pages."""
 
     def __init__(
         self,
@@ -37,185 +44,269 @@ class Rounds:
         rules: Rules,
         slots: int,
         context: int,
+        pages: int,
+        page_tokens: int,
         prefill_rows: int,
         prefill_chunk: int,
         decode_steps: int,
+        attention: str,
         decode_text: DecodeText | None,
     ):
         self._where = shardings(config, mesh, rules)
         self._shapes = tree(config, lambda row: shape(row, config))
         self._dtype = jax.tree.leaves(params)[0].dtype
-        self._params = self._placed(params)
+        self._params = self.placed(params)
         self.version = 0
-        self._programs = decode.build(config, mesh=mesh, rules=rules, steps=decode_steps)
-        sharding = NamedSharding(mesh, spec("lbksh", rules.activations))
-        self._cache = kv.make(config, slots=slots, context=context, dtype=self._dtype, sharding=sharding)
-        self._widths = (1, min(prefill_rows, slots))  # rows of an `extend`: one prompt alone, or several
+        self._programs = decode.build(config, mesh=mesh, rules=rules, steps=decode_steps, attention=attention)
+        self._pool_of = dict(
+            config=config, pages=pages, page_tokens=page_tokens, dtype=self._dtype,
+            sharding=NamedSharding(mesh, spec("pskh", rules.activations)),
+        )  # fmt: skip
+        self._kv = kv.make(**self._pool_of)
+        self.sequences = Sequences(Pages(pages, page_tokens), context)
+        self._slots, self._steps = slots, decode_steps
+        self._prefill_widths = prefill_widths(prefill_rows)
+        self._decode_widths = decode_widths(slots)
         self._chunk, self._decode_text = prefill_chunk, decode_text
-        self._slots = Slots(slots, context)
-        self._new: set[int] = set()  # slots for which no prefix has been looked for yet
-        self.serving: dict[int, Request] = {}  # by slot
-        self.counts = dict.fromkeys(("rounds", "tokens_drawn", "tokens_prefilled", "tokens_kept", "tokens_copied"), 0)
+        self._prefilled_in_a_row = 0
+        self._crowded = False  # somebody was set back for want of pages; nobody comes in until somebody has left
+        self._errors_in_a_row = 0
+        self._taking_part: list[Request] = []  # in the program that was called last
+        self.serving: dict[Request, Sequence] = {}  # in the order they came in
+        self.set_back: list[Request] = []  # to be served again, before all others
+        self.counts = dict.fromkeys(("rounds", "tokens_drawn", "tokens_prefilled", "set_back", "device_errors"), 0)
 
     def warm_up(self) -> None:
-        """Compiles every program, by running it on nothing."""
-        for width in sorted(set(self._widths)):
-            self._cache = self._programs.extend(self._params, self._cache, *self._padding(width))
-        slot_b, token_bt, position_bt = self._padding(1)
-        self._cache, _ = self._programs.score(self._params, self._cache, slot_b, token_bt, position_bt, token_bt)
-        self._cache, _ = self._programs.generate(self._params, self._cache, decode.inert(len(self._slots.busy_b)))
-        self._cache = jax.block_until_ready(self._programs.copy(self._cache, *np.zeros(3, np.int32)))
+        """Compiles every program in each of its shapes, by running it on nothing."""
+        for width in self._prefill_widths:
+            self._kv = self._programs.extend(self._params, self._kv, *self._padding(width))
+        table_bp, token_bt, position_bt = self._padding(1)
+        self._kv, _ = self._programs.score(self._params, self._kv, table_bp, token_bt, position_bt, token_bt)
+        for width in self._decode_widths:
+            self._kv, _ = self._programs.generate(self._params, self._kv, decode.inert(width, self.sequences.width))
+        none = np.zeros(kv.COPIES, np.int32)
+        self._kv = jax.block_until_ready(self._programs.copy(self._kv, none, none, np.int32(0)))
 
-    @property
-    def has_room(self) -> bool:
-        return not self._slots.busy_b.all()
+    def admit(self, request: Request) -> bool:
+        """Serves `request` from now on, if there is a row and there are pages for it."""
+        if len(self.serving) == self._slots or (self._crowded and self.serving):
+            return False
+        sequence = self.sequences.open(request.known, reusable=request.reusable)
+        if sequence is None:
+            return False
+        self._crowded = False
+        self.serving[request] = sequence
+        return True
 
-    def admit(self, request: Request) -> None:
-        """Gives `request` a slot. Needs room."""
-        slot = self._slots.take(request.tokens, reusable=request.score_from)
-        self.serving[slot] = request
-        self._new.add(slot)
-        self.counts["tokens_kept"] += int(self._slots.filled_b[slot])
+    def set_weights(self, params: Params, version: int, *, keep_pages: bool) -> None:
+        """Serves with `params`, as `placed` gave them, from now on; forgets the old ones' pages unless `keep_pages`."""
+        self._params, self.version = params, version
+        if not keep_pages:
+            self.sequences.forget()
 
-    def set_weights(self, params: Params, version: int) -> None:
-        """Serves with a copy of `params` from now on; what was kept of finished sequences is forgotten."""
-        self._params = jax.block_until_ready(self._placed(params))
-        self.version = version
-        self._slots.forget()
-
-    def _placed(self, params: Params) -> Params:
-        """A copy in the engine's dtype and layout: the learner may donate its own at once."""
+    def placed(self, params: Params) -> Params:
+        """A copy in the engine's dtype and layout: the learner may donate its own at once. From any thread."""
         if jax.tree.map(np.shape, params) != self._shapes:
             raise ConfigError("engine: these weights have other names or shapes than the model this engine serves")
-        return jax.tree.map(
+        copies = jax.tree.map(
             lambda x, to: jax.device_put(x.astype(self._dtype), to, may_alias=False), params, self._where
         )
+        return jax.block_until_ready(copies)
 
     def drop_cancelled(self) -> None:
-        """Frees the slots of requests for which nobody waits any more."""
-        for slot in [slot for slot, request in self.serving.items() if request.cancelled]:
-            self._leave(slot)
+        """Lets go of requests for which nobody waits any more."""
+        for request in [request for request in self.serving if request.cancelled]:
+            self._leave(request)
 
     def run(self) -> None:
-        """One round. Finished requests are resolved and leave their slots."""
-        lacking = self._slots.lacking()
-        if len(lacking):
+        """One round. Finished requests are resolved and leave."""
+        lacking = [request for request, sequence in self.serving.items() if sequence.lacking]
+        drawing = [request for request, sequence in self.serving.items() if not sequence.lacking]
+        if lacking and not (drawing and self._prefilled_in_a_row >= _BURST):
+            self._prefilled_in_a_row += 1
             self._prefill(lacking)
-        elif self.serving:
-            self._decode()
+        elif drawing:
+            self._prefilled_in_a_row = 0
+            self._decode(drawing)
         self.counts["rounds"] += 1
 
-    def _prefill(self, lacking: Sequence[int]) -> None:
-        ready = [slot for slot in lacking if self._prefix_settled(slot)]
-        to_score = [slot for slot in ready if self._slots.filled_b[slot] >= self.serving[slot].score_from]
-        to_extend = [slot for slot in ready if slot not in to_score][: self._widths[1]]
+    def recover(self, error: Exception) -> None:
+        """After a device error: a new pool, as the old one may be lost. Whoever took part in the program in which it
+        showed is told so; all others are served again, with the same result. Raises `error` where nothing has been
+        computed since the last few of them."""
+        self.counts["device_errors"] += 1
+        self._errors_in_a_row += 1
+        if self._errors_in_a_row > _DEVICE_ERRORS:
+            raise error
+        self._kv = None
+        for request in self._taking_part:
+            if request in self.serving:
+                self._fail(request, f"engine: device error: {error}")
+        for request in reversed(list(self.serving)):
+            self._set_back(request)
+        self.sequences.forget()
+        self._kv = kv.make(**self._pool_of)
+
+    def _prefill(self, lacking: ListOf[Request]) -> None:
+        ready, copies = [], []
+        for request in lacking:
+            can_start, copy = self.sequences.settle(self.serving[request])
+            if can_start and self.serving[request].lacking:
+                ready.append(request)
+            if copy:
+                copies.append((request, copy))
+        self._copy(copies)
+        to_score = [request for request in ready if self.serving[request].filled >= request.reusable]
+        to_extend = [request for request in ready if request not in to_score]
         if to_extend:
             self._extend(to_extend)
         elif to_score:
             self._score(to_score[0])
 
-    def _prefix_settled(self, slot: int) -> bool:
-        """True once `slot` need not wait for another one's prefix; copies it where that is worth it."""
-        if slot not in self._new:
-            return True
-        match self._slots.prefix(slot):
-            case Prefix.WAIT:
-                return False
-            case Copy(source, length):
-                self._cache = self._programs.copy(self._cache, np.int32(source), np.int32(slot), np.int32(length))
-                self.counts["tokens_copied"] += length - int(self._slots.filled_b[slot])
-                self._slots.filled_b[slot] = length
-        self._new.discard(slot)
-        return bool(self._slots.filled_b[slot] < self._slots.goal_b[slot])
+    def _copy(self, copies: ListOf[tuple[Request, Copy]]) -> None:
+        for start in range(0, len(copies), kv.COPIES):
+            part = copies[start : start + kv.COPIES]
+            source_c, target_c = np.zeros(kv.COPIES, np.int32), np.zeros(kv.COPIES, np.int32)
+            source_c[: len(part)] = [copy.source for _, copy in part]
+            target_c[: len(part)] = [copy.target for _, copy in part]
+            self._taking_part = [request for request, _ in part]
+            self._kv = self._programs.copy(self._kv, source_c, target_c, np.int32(len(part)))
 
-    def _extend(self, slots: Sequence[int]) -> None:
-        slot_b, token_bt, position_bt = self._padding(self._widths[len(slots) > 1])
-        for row, slot in enumerate(slots):
-            slot_b[row] = slot
-            self._fill_row(slot, token_bt[row], position_bt[row], end=self.serving[slot].score_from)
-        self._cache = self._programs.extend(self._params, self._cache, slot_b, token_bt, position_bt)
+    def _extend(self, ready: ListOf[Request]) -> None:
+        """A batch of chunks: as many of each prompt as it lacks, the first prompts first. A batch that would be less
+        than half full is a narrower one, and another round."""
+        parts: list[tuple[Request, int]] = []
+        for request in ready:
+            lacks = request.reusable - self.serving[request].filled
+            parts += [(request, min(self._chunk, lacks - at)) for at in range(0, lacks, self._chunk)]
+        most = self._prefill_widths[-1]
+        width = next(width for width in self._prefill_widths if 2 * width >= min(len(parts), most))
+        parts = parts[:width]
+        table_bp, token_bt, position_bt = self._padding(width)
+        self._taking_part = [request for request, _ in parts]
+        for row, (request, count) in enumerate(parts):
+            self._fill_row(request, count, table_bp[row], token_bt[row], position_bt[row])
+        self._kv = self._programs.extend(self._params, self._kv, table_bp, token_bt, position_bt)
 
-    def _score(self, slot: int) -> None:
-        request = self.serving[slot]
-        slot_b, token_bt, position_bt = self._padding(1)
+    def _score(self, request: Request) -> None:
+        sequence = self.serving[request]
+        table_bp, token_bt, position_bt = self._padding(1)
         next_token_bt = token_bt.copy()
-        slot_b[0], start = slot, self._slots.filled_b[slot]
-        count = self._fill_row(slot, token_bt[0], position_bt[0], end=request.goal)
-        next_token_bt[0, :count] = request.tokens[start + 1 : start + 1 + count]
-        self._cache, logp_bt = self._programs.score(
-            self._params, self._cache, slot_b, token_bt, position_bt, next_token_bt
-        )
+        start, count = sequence.filled, min(self._chunk, sequence.goal - sequence.filled)
+        next_token_bt[0, :count] = sequence.tokens[start + 1 : start + 1 + count]
+        self._taking_part = [request]
+        self._fill_row(request, count, table_bp[0], token_bt[0], position_bt[0])
+        self._kv, logp_bt = self._programs.score(self._params, self._kv, table_bp, token_bt, position_bt, next_token_bt)
         request.logps.extend(np.asarray(logp_bt)[0, :count].tolist())
+        self._errors_in_a_row = 0
         if not np.isfinite(request.logps).all():
-            self._fail_non_finite(slot)
-        elif self._slots.filled_b[slot] == request.goal:
-            self._finish(slot, Finish.STOP)
+            self._fail_non_finite(request)
+        elif not sequence.lacking:
+            self._finish(request, Finish.STOP)
 
     def _padding(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Arguments of `extend` with nothing in them: padding sits one past the end of a slot."""
+        """Arguments of `extend` with nothing in them."""
         token_bt = np.zeros((rows, self._chunk), np.int32)
-        return np.zeros(rows, np.int32), token_bt, np.full_like(token_bt, self._cache.positions)
+        return np.zeros((rows, self.sequences.width), np.int32), token_bt, np.full_like(token_bt, kv.PADDING)
 
-    def _fill_row(self, slot: int, token_t: np.ndarray, position_t: np.ndarray, *, end: int) -> int:
-        """Number of tokens put into the row, from where the slot is filled to `end` at most; counts them as filled."""
-        start = int(self._slots.filled_b[slot])
-        count = min(self._chunk, end - start)
-        token_t[:count] = self.serving[slot].tokens[start : start + count]
-        position_t[:count] = np.arange(start, start + count)
-        self._slots.filled_b[slot] += count
+    def _fill_row(self, request: Request, count: int, table_p, token_t, position_t) -> None:
+        """Puts the next `count` tokens that the request lacks into a row, and counts them as filled."""
+        sequence = self.serving[request]
+        table_p[:] = self.sequences.row(sequence)
+        token_t[:count] = sequence.tokens[sequence.filled : sequence.filled + count]
+        position_t[:count] = np.arange(sequence.filled, sequence.filled + count)
+        self.sequences.fill(sequence, count)
         self.counts["tokens_prefilled"] += count
-        return count
 
-    def _decode(self) -> None:
-        rows = decode.inert(len(self._slots.busy_b))
-        last_b = np.maximum(self._slots.length_b - 1, 0)
-        rows = rows._replace(position_b=last_b, token_b=self._slots.token_bs[np.arange(len(last_b)), last_b])
-        for slot, request in self.serving.items():
-            sampling, how = request.sampling, rows.draw
-            rows.live_b[slot], rows.budget_b[slot] = True, request.budget
-            rows.stop_bj[slot, : len(sampling.stop_ids)] = sampling.stop_ids
-            how.temperature_b[slot], how.top_p_b[slot], how.top_k_b[slot] = (
+    def _decode(self, drawing: ListOf[Request]) -> None:
+        drawing = self._with_pages(drawing)
+        width = next(width for width in self._decode_widths if width >= len(drawing))
+        rows = decode.inert(width, self.sequences.width)
+        for row, request in enumerate(drawing):
+            sequence, sampling, how = self.serving[request], request.sampling, rows.draw
+            rows.table_bp[row] = self.sequences.row(sequence)
+            rows.live_b[row], rows.budget_b[row] = True, request.budget
+            rows.token_b[row], rows.position_b[row] = sequence.tokens[-1], sequence.length - 1
+            rows.stop_bj[row, : len(sampling.stop_ids)] = sampling.stop_ids
+            how.temperature_b[row], how.top_p_b[row], how.top_k_b[row] = (
                 sampling.temperature, sampling.top_p, sampling.top_k,
             )  # fmt: skip
-            how.seed_b[slot], how.index_b[slot] = sampling.seed % 2**32, len(request.drawn)
-        self._cache, drawn = self._programs.generate(self._params, self._cache, rows)
+            how.seed_b[row], how.index_b[row] = sampling.seed % 2**32, len(request.drawn)
+        self._taking_part = drawing
+        self._kv, drawn = self._programs.generate(self._params, self._kv, rows)
         token_ib, logp_ib, live_ib = jax.device_get(drawn)
-        for slot in list(self.serving):
-            count = int(live_ib[:, slot].sum())
-            self._note(slot, token_ib[:count, slot].tolist(), logp_ib[:count, slot].tolist())
+        self._errors_in_a_row = 0
+        for row, request in enumerate(drawing):
+            count = int(live_ib[:, row].sum())
+            self._note(request, token_ib[:count, row].tolist(), logp_ib[:count, row].tolist())
 
-    def _note(self, slot: int, tokens: list[int], logps: list[float]) -> None:
-        """Takes in what was drawn for one slot, up to where it ends."""
-        request = self.serving[slot]
+    def _with_pages(self, drawing: ListOf[Request]) -> list[Request]:
+        """Those of `drawing` that have pages for what they may draw next. Where pages are short, who came last is set
+        back; the first always has enough."""
+        for request in drawing:
+            while request in self.serving:
+                left = min(self._steps, request.budget - len(request.drawn))
+                if self.sequences.reserve(self.serving[request], self.serving[request].length + left - 1):
+                    break
+                self._crowded = True
+                self._set_back(next(reversed(self.serving)))
+        return [request for request in drawing if request in self.serving]
+
+    def _set_back(self, request: Request) -> None:
+        self._leave(request)
+        self.set_back.insert(0, request)
+        request.reset()
+        self.counts["set_back"] += 1
+
+    def _note(self, request: Request, tokens: list[int], logps: list[float]) -> None:
+        """Takes in what was drawn for one request, up to where it ends."""
         sampling = request.sampling
         request.drawn += tokens
         request.logps += logps
         self.counts["tokens_drawn"] += len(tokens)
         if not np.isfinite(logps).all():
-            return self._fail_non_finite(slot)
+            return self._fail_non_finite(request)
         end = 0
         if sampling.stop_strings:
             end = stop_string_end(request.drawn, len(tokens), sampling.stop_strings, self._decode_text)
         if end:
             tokens = tokens[: end - len(request.drawn) or None]
             del request.drawn[end:], request.logps[end:]
-        self._slots.append(slot, np.asarray(tokens, np.int32))
+        self.sequences.append(self.serving[request], np.asarray(tokens, np.int32))
         if end or request.drawn[-1] in sampling.stop_ids:
-            self._finish(slot, Finish.STOP)
+            self._finish(request, Finish.STOP)
         elif len(request.drawn) == request.budget:
-            self._finish(slot, Finish.LENGTH)
+            self._finish(request, Finish.LENGTH)
 
-    def _fail_non_finite(self, slot: int) -> None:
-        self._slots.spoil(slot)
-        request = self.serving[slot]
+    def _fail_non_finite(self, request: Request) -> None:
+        self.sequences.spoil(self.serving[request])
+        self._fail(request, "engine: the network gave logits that are not finite")
+
+    def _fail(self, request: Request, detail: str) -> None:
         request.drawn.clear()
         request.logps.clear()
-        self._finish(slot, Finish.ERROR, "engine: the network gave logits that are not finite")
+        self._finish(request, Finish.ERROR, detail)
 
-    def _finish(self, slot: int, finish: Finish, detail: str = "") -> None:
-        self._leave(slot).resolve(finish, self.version, detail)
+    def _finish(self, request: Request, finish: Finish, detail: str = "") -> None:
+        self._leave(request)
+        self._crowded = False
+        request.resolve(finish, self.version, detail)
 
-    def _leave(self, slot: int) -> Request:
-        self._new.discard(slot)
-        self._slots.give_back(slot)
-        return self.serving.pop(slot)
+    def _leave(self, request: Request) -> None:
+        self.sequences.close(self.serving.pop(request))
+
+
+def prefill_widths(rows: int) -> tuple[int, ...]:
+    """Rows of an `extend`, narrowest first: all of them, a quarter, and so on."""
+    widths = [rows]
+    while widths[-1] >= 4:
+        widths.append(widths[-1] // 4)
+    return tuple(reversed(widths))
+
+
+def decode_widths(slots: int) -> tuple[int, ...]:
+    """Rows of a `generate`, narrowest first: all slots, and halves of them for when few requests are left."""
+    widths = [slots]
+    while widths[-1] % 2 == 0 and widths[-1] // 2 >= _NARROWEST:
+        widths.append(widths[-1] // 2)
+    return tuple(reversed(widths))

@@ -1,9 +1,9 @@
 """The engine: an asyncio face over one device thread that serves all requests together.
 
-Every JAX call after the construction happens on the device thread (`rounds.py`). Requests wait in a queue, first come
-first served, until a slot is free; whoever finishes leaves its slot at once, and an episode that waits for the web
-holds none (it usually finds its keys and values again: `slots.py`). Results depend neither on the company a request
-has nor on what was reused.
+Programs run on the device thread alone (`rounds.py`). Requests wait in a queue, first come
+first served, until a row and pages are free; whoever finishes leaves its row at once. An episode that waits for the
+web holds no row, and finds its keys and values again as long as nobody needed their place (`pages.py`). Results depend
+neither on the company a request has nor on what was reused, evicted or computed again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dr_jax.engine.cache import PAGE, enough
 from dr_jax.engine.request import OnTokens, Request, Tokens, as_tokens, complaint
 from dr_jax.engine.rounds import DecodeText, Rounds
 from dr_jax.errors import ConfigError, DrJaxError
@@ -37,6 +38,7 @@ class _Weights(NamedTuple):
 
     params: Params
     version: int
+    keep_pages: bool
     done: Future[None]
 
 
@@ -44,7 +46,9 @@ class Engine:
     """Serves `generate` and `score` (`interfaces.Sampler`) from one set of weights on a host-local mesh.
 
     Owns the device thread and the cache; `close` (or leaving `async with`) ends both. Compiles its programs when it
-    starts, and never again. `decode_text` turns token ids into text; only stop strings need it.
+    starts, and never again. `slots` sequences draw at once; their keys and values, and those kept for later, are in
+    `pages` pages of `page_tokens` tokens (0 = as many as `slots` sequences of the whole context need). `decode_text`
+    turns token ids into text; only stop strings need it.
     """
 
     def __init__(
@@ -56,22 +60,28 @@ class Engine:
         rules: Rules,
         slots: int,
         context: int,
+        pages: int = 0,
+        page_tokens: int = PAGE,
         prefill_rows: int = 4,
         prefill_chunk: int = 64,
         decode_steps: int = 8,
+        attention: str = "blocks",
         max_waiting: int = 65_536,
         decode_text: DecodeText | None = None,
     ):
+        pages = pages or enough(slots, context, max(page_tokens, 1))
         sizes = dict(
-            slots=slots, context=context, prefill_rows=prefill_rows, prefill_chunk=prefill_chunk,
-            decode_steps=decode_steps
+            slots=slots, context=context, pages=pages, page_tokens=page_tokens, prefill_rows=prefill_rows,
+            prefill_chunk=prefill_chunk, decode_steps=decode_steps,
         )  # fmt: skip
         _check(config, mesh, rules, sizes | dict(max_waiting=max_waiting))
         self._vocab_size, self._context, self._max_waiting = config.vocab_size, context, max_waiting
         self._can_decode = decode_text is not None
         self._mesh = mesh
         with jax.set_mesh(mesh):
-            self._rounds = Rounds(config, params, mesh=mesh, rules=rules, decode_text=decode_text, **sizes)
+            self._rounds = Rounds(
+                config, params, mesh=mesh, rules=rules, attention=attention, decode_text=decode_text, **sizes
+            )
         self._waiting: collections.deque[Request] = collections.deque()
         self._inbox: queue.SimpleQueue[Request | _Weights | None] = queue.SimpleQueue()
         self._busy_s = 0.0
@@ -134,27 +144,37 @@ class Engine:
             request.resolve(Finish.ERROR, self._rounds.version, wrong)
         return await request.future
 
-    def set_weights(self, params: Params, version: int) -> None:
+    def set_weights(self, params: Params, version: int, *, keep_pages: bool = False) -> None:
         """Returns once the engine holds its own copy of `params`, resharded on device; later samples carry `version`.
 
-        Takes effect between two rounds. What was kept of finished sequences is forgotten; sequences in flight go on
-        with the keys and values they have. Blocks for a round, so call it outside the event loop; every leaf must be
-        addressable here.
+        The copy is made in the calling thread while samples are drawn, which takes memory for both; it takes effect
+        between two rounds. Sequences in flight go on with the keys and values they have. What is kept for later
+        sequences is forgotten, unless `keep_pages`: then an episode goes on from keys and values of older weights, as
+        a rollout carried over an update does. Blocks for a round, so call it outside the event loop; every leaf must
+        be addressable here. Raises `ConfigError` for weights of another model.
         """
-        done: Future[None] = Future()
+        if self._closed:
+            raise DrJaxError(self._closed)
+        params, done = self._rounds.placed(params), Future()
         with self._admission:
             if self._closed:
                 raise DrJaxError(self._closed)
-            self._inbox.put(_Weights(params, version, done))
+            self._inbox.put(_Weights(params, version, keep_pages, done))
         done.result()
 
     def stats(self) -> dict[str, float]:
-        """Counts since the start (tokens drawn, prefilled, kept in a slot, copied; busy seconds), and the load now."""
+        """Counts since the start (tokens drawn, prefilled, found in pages, copied with a page; requests set back for
+        want of pages; busy seconds), and the load now. `pages_idle` hold something and belong to nobody."""
+        sequences = self._rounds.sequences
         return {
             **self._rounds.counts,
+            "tokens_kept": sequences.tokens_kept,
+            "tokens_copied": sequences.tokens_copied,
+            "pages_available": sequences.pages.available,
+            "pages_idle": sequences.pages.idle,
             "busy_s": self._busy_s,
             "serving": len(self._rounds.serving),
-            "waiting": len(self._waiting),
+            "waiting": len(self._waiting) + len(self._rounds.set_back),
             "version": self._rounds.version,
         }
 
@@ -193,37 +213,39 @@ class Engine:
         while self._take_in():
             started_s = time.monotonic()
             self._rounds.drop_cancelled()
-            while self._waiting and self._rounds.has_room:
-                request = self._waiting.popleft()
-                if not request.cancelled:
-                    self._rounds.admit(request)
-            self._rounds.run()
-            for request in self._rounds.serving.values():
+            self._admit()
+            try:
+                self._rounds.run()
+            except jax.errors.JaxRuntimeError as error:
+                self._rounds.recover(error)
+                _LOG.warning("a device error ended the requests that it met: %s", error)
+            for request in self._rounds.serving:
                 request.tell()
             self._busy_s += time.monotonic() - started_s
 
+    def _admit(self) -> None:
+        self._waiting.extendleft(reversed(self._rounds.set_back))
+        self._rounds.set_back.clear()
+        while self._waiting:
+            if not self._waiting[0].cancelled and not self._rounds.admit(self._waiting[0]):
+                break
+            self._waiting.popleft()
+
     def _take_in(self) -> bool:
         """False once the engine is to close. Sleeps while there is nothing to do."""
-        while not self._inbox.empty() or not (self._rounds.serving or self._waiting):
+        while not self._inbox.empty() or not (self._rounds.serving or self._rounds.set_back or self._waiting):
             match self._inbox.get():
                 case None:
                     return False
                 case _Weights() as weights:
-                    self._take_weights(weights)
+                    self._rounds.set_weights(weights.params, weights.version, keep_pages=weights.keep_pages)
+                    weights.done.set_result(None)
                 case request:
                     self._waiting.append(request)
         return True
 
-    def _take_weights(self, weights: _Weights) -> None:
-        try:
-            self._rounds.set_weights(weights.params, weights.version)
-        except (ConfigError, RuntimeError) as error:  # of another model, or deleted: the caller's mistake
-            weights.done.set_exception(error)
-        else:
-            weights.done.set_result(None)
-
     def _abandon(self, reason: str) -> None:
-        left = [*self._rounds.serving.values(), *self._waiting]
+        left = [*self._rounds.serving, *self._rounds.set_back, *self._waiting]
         self._rounds.serving.clear()
         self._waiting.clear()
         while not self._inbox.empty():
@@ -242,6 +264,12 @@ def _check(config: ModelConfig, mesh: Mesh, rules: Rules, sizes: dict[str, int])
             raise ConfigError(f"engine.{name}: got {size}, must be at least 1")
     if sizes["context"] > config.max_positions:
         raise ConfigError(f"engine.context: got {sizes['context']}, this model goes up to {config.max_positions}")
+    longest = -(-sizes["context"] // sizes["page_tokens"])
+    if sizes["pages"] < longest:
+        raise ConfigError(
+            f"engine.pages: got {sizes['pages']}; one sequence of the whole context ({sizes['context']} tokens) needs "
+            f"{longest} of {sizes['page_tokens']} tokens. Raise it, or lower engine.context."
+        )
     check_mesh(config, mesh.shape, rules)
     spread = [axis for axis in axes_of(rules.activations["b"]) if mesh.shape[axis] > 1]
     if spread:

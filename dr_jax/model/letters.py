@@ -3,7 +3,7 @@
     b rows                     n query heads               f mlp width
     t positions (query side)   k key/value heads           v vocabulary
     s positions (key side)     g query heads per kv head   l layers
-    d model width              h head width
+    d model width              h head width                p pages of the engine's cache
 
 `Rules` is the sharding table of a config: which mesh axis each letter is spread over. Whatever is not in the table,
 does not divide, or would use a mesh axis twice raises `ConfigError`; nothing is silently replicated.
@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from dr_jax.errors import ConfigError
 from dr_jax.model.config import QWEN2_5, ModelConfig
 
-ALPHABET = "btsdflvnkgh"
+ALPHABET = "btsdflvnkghp"
 
 Axes = str | tuple[str, ...] | None  # mesh axis, several of them, or not sharded
 Table = Mapping[str, Axes]
@@ -55,6 +55,7 @@ DEFAULT_RULES = Rules(
         g=None,
         h=None,
         l=None,
+        p=None,
     ),
 )
 

@@ -3,7 +3,8 @@
     matrix      the compiler's own cycles of every fusion that multiplies, over the clock
     memory      of everything else: bytes over HBM bandwidth, or the compiler's cycles where those are fewer
     kernels     attention in the learner: the compiler's schedule of the kernel, see `kernels`; of other Pallas kernels
-                the FLOPs, over the peak times `KERNEL_EFFICIENCY`
+                FLOPs over the peak times `KERNEL_EFFICIENCY`; of the engine's, if that is longer, what it reads over
+                HBM bandwidth times `KERNEL_BANDWIDTH`
     exposed     bytes on the wire over the links that the group of chips spans; nothing else runs meanwhile
     overlapped  the same for collectives that run beside other work; only what outlasts all other work counts
 
@@ -26,9 +27,10 @@ import jax
 
 from dr_jax.chips import Slice
 from dr_jax.plan import flops, hlo, kernels
-from dr_jax.plan.programs import Program
+from dr_jax.plan.programs import Program, Work
 
 KERNEL_EFFICIENCY = 0.35  # assumed, of the peak, for kernels without a schedule
+KERNEL_BANDWIDTH = 0.8  # assumed, of HBM's, for the engine's kernel, which streams the cache
 GIB = 2**30
 
 
@@ -65,7 +67,10 @@ def trace(program: Program) -> Traced:
     """The program's multiplications. Shapes that do not fit each other raise here."""
     with jax.sharding.use_abstract_mesh(_abstract(program.scope)):
         traced = program.function.trace(*program.args)
-    return Traced(flops.count(traced.jaxpr.jaxpr, dynamic_trips=program.dynamic_trips), traced)
+    counted = flops.count(traced.jaxpr.jaxpr, dynamic_trips=program.dynamic_trips)
+    if program.paged:
+        counted = counted._replace(kernel=program.paged.flops * program.mesh.size)
+    return Traced(counted, traced)
 
 
 def compile_for(program: Program, traced: Traced, piece: Slice) -> Compiled:
@@ -84,8 +89,13 @@ def compile_for(program: Program, traced: Traced, piece: Slice) -> Compiled:
     memory = compiled.memory_analysis()
     ops = hlo.read(text, devices=program.mesh.size, dynamic_trips=program.dynamic_trips)
     kernel_s = _attention_seconds(program, ops)
-    kernel_flops = 0.0 if kernel_s else traced.flops.kernel / program.mesh.size
+    kernel_flops = 0.0 if kernel_s or program.paged else traced.flops.kernel / program.mesh.size
     coordinates = [device.coords for device in program.mesh.devices.flat]
+    if program.paged:  # to the compiler, its kernel reads the whole pool
+        ops = [dataclasses.replace(op, hbm_bytes=0.0) if op.kind == "kernel" else op for op in ops]
+    terms = seconds(ops, piece, coordinates, kernel_flops, kernel_s)
+    if program.paged:
+        terms |= {"kernels": paged_seconds(program.paged, piece)}
     return Compiled(
         compile_s=compile_s,
         temp_bytes=memory.temp_size_in_bytes
@@ -93,8 +103,9 @@ def compile_for(program: Program, traced: Traced, piece: Slice) -> Compiled:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
-        hbm_bytes=sum(op.runs * op.hbm_bytes for op in ops if op.kind in ("matrix", "memory", "kernel")),
-        seconds=seconds(ops, piece, coordinates, kernel_flops, kernel_s),
+        hbm_bytes=sum(op.runs * op.hbm_bytes for op in ops if op.kind in ("matrix", "memory", "kernel"))
+        + (program.paged.hbm_bytes if program.paged else 0.0),
+        seconds=terms,
         collectives=_by_kind(ops),
     )
 
@@ -133,6 +144,13 @@ def _attention_seconds(program: Program, ops: Sequence[hlo.Op]) -> dict[str, flo
     scheduled = kernels.schedules(program.attention)
     once = {kind: kernels.seconds(program.attention, kind, schedule) for kind, schedule in scheduled.items()}
     return {name: once[kind] for name, kind in names.items()}
+
+
+def paged_seconds(work: Work, piece: Slice) -> float:
+    """Estimated seconds of the engine's attention kernel: multiplying or reading, whichever takes longer."""
+    chip = piece.chip
+    multiplying_s = work.flops / (chip.flops_per_s * KERNEL_EFFICIENCY)
+    return max(multiplying_s, work.hbm_bytes / (chip.hbm_bytes_per_s * KERNEL_BANDWIDTH))
 
 
 def wire_bytes(op: hlo.Op) -> float:

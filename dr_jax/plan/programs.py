@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from dr_jax import assemble, chips
 from dr_jax.batch import PackedBatch
-from dr_jax.engine import cache, decode
+from dr_jax.engine import cache, decode, ragged
 from dr_jax.errors import ConfigError
 from dr_jax.learner import handover
 from dr_jax.learner.state import TrainState, abstract_state
@@ -35,6 +35,14 @@ AnyMesh = Mesh | AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What a kernel multiplies, and what it reads."""
+
+    flops: float
+    hbm_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """One jitted function and what it is called with."""
 
@@ -46,6 +54,7 @@ class Program:
     scope: AnyMesh | None = None  # the mesh that the caller sets
     reads: int = 1  # how often it must read its arguments, at the least
     attention: kernels.Attention | None = None  # where it attends by a kernel of `kernels`: one chip's share
+    paged: Work | None = None  # of the engine's attention kernel on one chip, whose loops only the data fixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Resident:
     reference: Params | None
     batch: PackedBatch
     engine_params: Params
-    kv_cache: cache.Cache
+    kv_cache: jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +118,9 @@ def resident(s: Setup) -> Resident:
     run, optim, dtype = s.run, assemble.optim(s.run), jnp.dtype(s.run.model.dtype)
     rows = NamedSharding(s.learner, letters.spec("bt", s.rules.activations))
     shape = (run.batch.rows, run.batch.row_tokens)
-    kv = jax.eval_shape(
-        lambda: cache.make(s.model, slots=run.engine.slots, context=run.engine.context, dtype=dtype, sharding=None)
-    )
-    kv_sharding = NamedSharding(s.engine, letters.spec("lbksh", letters.DEFAULT_RULES.activations))
+    pages = run.engine.pages or cache.enough(run.engine.slots, run.engine.context)
+    kv = jax.eval_shape(lambda: cache.make(s.model, pages=pages, page_tokens=cache.PAGE, dtype=dtype, sharding=None))
+    kv_sharding = NamedSharding(s.engine, letters.spec("pskh", letters.DEFAULT_RULES.activations))
     return Resident(
         state=abstract_state(s.model, optim, s.learner, s.rules),
         reference=_params(s.model, dtype, s.learner, s.rules) if run.grpo.kl_coef else None,
@@ -120,37 +128,42 @@ def resident(s: Setup) -> Resident:
             *(jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows) for x in PackedBatch.empty(1, 1))
         ),
         engine_params=_params(s.model, dtype, s.engine, letters.DEFAULT_RULES),
-        kv_cache=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kv_sharding), kv),
+        kv_cache=jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=kv_sharding),
     )  # fmt: skip
 
 
 def programs(s: Setup) -> list[Program]:
     """Learner step, prefill, decode and weight hand-over, as a run calls them."""
-    run, there = s.run, resident(s)
+    run = s.run
     step = make_train_step(
         s.model, assemble.grpo(run), s.learner, s.rules, optim=assemble.optim(run), micro_rows=run.batch.micro_rows,
         compute_dtype=run.model.dtype, remat=run.model.remat, kernel=run.model.attention,
         compiler=run.model.compiler,
     )  # fmt: skip
-    engine = decode.build(s.model, mesh=s.engine, rules=letters.DEFAULT_RULES, steps=run.engine.decode_steps)
+    there, settings = resident(s), run.engine
+    engine = decode.build(
+        s.model, mesh=s.engine, rules=letters.DEFAULT_RULES, steps=settings.decode_steps, attention=settings.attention
+    )
     everywhere = NamedSharding(s.engine, PartitionSpec())
 
     def numbers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
 
-    rows, chunk = min(run.engine.prefill_rows, run.engine.slots), run.engine.prefill_chunk
+    rows, chunk = settings.prefill_rows, settings.prefill_chunk
+    width = cache.enough(1, settings.context)
     idle = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), decode.inert(run.engine.slots)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), decode.inert(settings.slots, width)
     )
-    full_blocks = -(-run.engine.context // cache.BLOCK)
-    served = (there.engine_params, there.kv_cache)
+    served, chunks = (there.engine_params, there.kv_cache), numbers(rows, chunk)
+    prefill, drawing = _paged(s, rows, chunk), _paged(s, settings.slots, 1, settings.decode_steps)
+    trips = width if drawing is None else settings.decode_steps
     return [
         Program("learner_step", step, (there.state, there.reference, there.batch), s.learner,
                 run.batch.rows // run.batch.micro_rows, attention=_attention(s)),
-        Program("prefill", engine.extend, (*served, numbers(rows), numbers(rows, chunk), numbers(rows, chunk)),
-                s.engine, full_blocks, scope=s.engine),
-        Program("decode", engine.generate, (*served, idle), s.engine, full_blocks, scope=s.engine,
-                reads=run.engine.decode_steps),
+        Program("prefill", engine.extend, (*served, numbers(rows, width), chunks, chunks), s.engine, width,
+                scope=s.engine, paged=prefill),
+        Program("decode", engine.generate, (*served, idle), s.engine, trips, scope=s.engine,
+                reads=settings.decode_steps, paged=drawing),
         Program("hand_over", handover.program(s.model, s.hosts, run.model.dtype), (there.state.params,), s.hosts, 1),
     ]  # fmt: skip
 
@@ -168,6 +181,18 @@ def _attention(s: Setup) -> kernels.Attention | None:
         s.piece.kind, s.run.batch.micro_rows // share("b"), s.run.batch.row_tokens, s.model.num_heads // share("n"),
         s.model.num_kv_heads // share("k"), s.model.head_dim,
     )  # fmt: skip
+
+
+def _paged(s: Setup, rows: int, tokens: int, steps: int = 1) -> Work | None:
+    """What the engine's kernel does on one chip, every row at full context; None where there is no kernel."""
+    settings, model = s.run.engine, s.model
+    if settings.attention != "ragged":
+        return None
+    times = steps * model.num_layers / settings.tensor
+    positions = times * ragged.fetched(rows, tokens, settings.context)
+    per_position = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(s.run.model.dtype).itemsize
+    scores = times * rows * tokens * settings.context
+    return Work(flops=4 * scores * model.num_heads * model.head_dim, hbm_bytes=positions * per_position)
 
 
 def _params(model: ModelConfig, dtype: Any, mesh: AnyMesh, rules: letters.Rules) -> Params:

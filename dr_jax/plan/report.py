@@ -101,7 +101,7 @@ def advice(plan: Plan) -> str:
     """What to change where it does not fit."""
     hbm = hbm_gib(plan)
     remedies = {
-        "kv_cache": "lower config.engine.slots or config.engine.context",
+        "kv_cache": "lower config.engine.pages, and config.engine.slots with it",
         "engine_params": "raise config.engine.tensor, up to the kv heads and the chips of a host",
         "params": "raise config.mesh.fsdp (a larger slice)",
         "optimizer": "raise config.mesh.fsdp (a larger slice)",
@@ -150,9 +150,8 @@ def shapes(plan: Plan) -> str:
         for row in weights.rows(setup.model):
             leaf = functools.reduce(dict.__getitem__, row.path.split("/"), tree)
             rows.append(_shape_row(f"{owner}/{row.path}", leaf, row.letters, letters.spec(row.letters, rules.weights)))
-    for name, leaf in zip(("k", "v"), there.kv_cache, strict=True):
-        spec = letters.spec("lbksh", letters.DEFAULT_RULES.activations)
-        rows.append(_shape_row(f"cache/{name}", leaf, "lbksh", spec))
+    spec = letters.spec("pskh", letters.DEFAULT_RULES.activations)
+    rows.append(_shape_row("cache", there.kv_cache, "pskh", spec))
     for name, leaf in zip(there.batch._fields, there.batch, strict=True):
         rows.append(_shape_row(f"batch/{name}", leaf, "bt", letters.spec("bt", setup.rules.activations)))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

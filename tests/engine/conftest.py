@@ -26,7 +26,7 @@ TINY = ModelConfig(
     tie_embeddings=True,
     max_positions=1024,
 )
-SIZES = dict(slots=4, context=320, prefill_rows=2, prefill_chunk=16, decode_steps=4)
+SIZES = dict(slots=4, context=320, pages=90, page_tokens=16, prefill_rows=2, prefill_chunk=16, decode_steps=4)
 
 
 def make_params(seed: int) -> weights.Params:

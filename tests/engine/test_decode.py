@@ -7,29 +7,39 @@ import asyncio
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dr_jax.engine import cache as kv
 from dr_jax.engine import decode
+from dr_jax.errors import ConfigError
 from dr_jax.model.letters import DEFAULT_RULES, make_mesh
 from dr_jax.records import Sampling
 
 
-def test_the_cache_is_updated_in_place(config, params, mesh):
+def test_the_pool_is_updated_in_place(config, params, mesh):
     programs = decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2)
-    cache = kv.make(config, slots=6, context=1024, dtype=jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    slot_b, token_bt = np.zeros(2, np.int32), np.zeros((2, 4), np.int32)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    pool = kv.make(config, pages=48, page_tokens=128, dtype=jnp.float32, sharding=sharding)
+    table_bp, token_bt, copies_c = np.zeros((2, 8), np.int32), np.zeros((2, 4), np.int32), np.zeros(16, np.int32)
     with jax.set_mesh(mesh):
         lowered = [
-            programs.extend.lower(params, cache, slot_b, token_bt, token_bt),
-            programs.generate.lower(params, cache, decode.inert(6)),
-            programs.copy.lower(cache, *np.zeros(3, np.int32)),
+            programs.extend.lower(params, pool, table_bp, token_bt, token_bt),
+            programs.score.lower(params, pool, table_bp, token_bt, token_bt, token_bt),
+            programs.generate.lower(params, pool, decode.inert(6, 8)),
+            programs.copy.lower(pool, copies_c, copies_c, np.int32(3)),
         ]
-    cache_bytes = sum(x.nbytes for x in cache)
     for program in lowered:
         memory = program.compile().memory_analysis()
-        assert memory.alias_size_in_bytes == cache_bytes
-        assert memory.temp_size_in_bytes < cache_bytes / 4, "a program holds a second copy of the cache"
+        assert memory.alias_size_in_bytes == pool.nbytes
+        assert memory.temp_size_in_bytes < pool.nbytes / 4, "a program holds a second copy of the pool"
+
+
+def test_attention_that_cannot_be_is_named(config, mesh):
+    with pytest.raises(ConfigError, match="engine.attention: got 'paged', allowed are blocks, ragged"):
+        decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2, attention="paged")
+    with pytest.raises(ConfigError, match="engine.attention: 'ragged' needs heads of a multiple of 128 channels"):
+        decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2, attention="ragged")
 
 
 async def test_nothing_compiles_after_warm_up(engine, other_params, params):

@@ -45,6 +45,7 @@ def test_good_tokens(tokens):
         (dict(top_p=0.0), "top_p"),
         (dict(top_p=1.1), "top_p"),
         (dict(top_k=-1), "top_k"),
+        (dict(top_k=2**40), "top_k"),
         (dict(stop_ids=(3, 10)), "stop_ids: [10]"),
         (dict(stop_ids=tuple(range(9))), "stop_ids: got 9"),
         (dict(stop_strings=("",)), "stop_strings: an empty"),

@@ -13,6 +13,7 @@ from dr_jax.engine.service import Engine
 from dr_jax.errors import ConfigError, DrJaxError
 from dr_jax.model.letters import DEFAULT_RULES, make_mesh
 from dr_jax.records import Finish, Sampling
+from tests.engine.conftest import SIZES
 
 
 def prompt(length: int, seed: int = 0) -> np.ndarray:
@@ -123,8 +124,7 @@ async def test_cancelling_frees_the_slot_and_the_queue(engine):
     assert all(isinstance(result, asyncio.CancelledError) for result in results)
     assert (await engine.generate(prompt(5), Sampling(5))).finish is Finish.LENGTH
     stats = engine.stats()
-    assert (stats["serving"], stats["waiting"]) == (0, 0)
-    assert engine._rounds.has_room
+    assert (stats["serving"], stats["waiting"], stats["pages_available"]) == (0, 0, SIZES["pages"])
 
 
 async def test_new_weights_serve_all_later_samples(engine, params, other_params, full_logits):
@@ -172,6 +172,99 @@ async def test_logits_that_are_not_finite_are_one_typed_outcome(engine, params):
     np.testing.assert_array_equal(after.tokens, before.tokens)
 
 
+async def breaking(engine, name: str, times: int) -> None:
+    """Lets a program of `engine` fail on the device, `times` times, with the pool donated to it and lost."""
+
+    def fail(_):
+        raise ZeroDivisionError("a bit has flipped")
+
+    def lost(pool):
+        return pool + jax.pure_callback(fail, jax.ShapeDtypeStruct((), pool.dtype), pool[0, 0, 0, 0])
+
+    lost = jax.jit(lost, donate_argnums=0)
+    rounds, left = engine._rounds, [times]
+    works = getattr(rounds._programs, name)
+
+    def program(params, pool, *rest):
+        if not left[0]:
+            return works(params, pool, *rest)
+        left[0] -= 1
+        return jax.block_until_ready(lost(pool)), None
+
+    rounds._programs = rounds._programs._replace(**{name: program})
+
+
+@pytest.mark.parametrize("name", ["extend", "generate", "score"])
+async def test_a_device_error_ends_the_requests_that_it_met_and_no_other(make_engine, engine, name):
+    async with make_engine(slots=2) as breakable:
+        await breakable.generate([1], Sampling(2))  # it is warm
+        await breaking(breakable, name, times=1)
+        requests = [(prompt(20 + i, i), Sampling(12, seed=i)) for i in range(5)]
+        drawing = [asyncio.create_task(breakable.generate(*request)) for request in requests]
+        scoring = asyncio.create_task(breakable.score(prompt(30), prompt(10, 1)))
+        results = await asyncio.gather(*drawing)
+        scored = (await asyncio.gather(scoring, return_exceptions=True))[0]
+        failed = [result for result in results if result.finish is Finish.ERROR]
+        if name == "score":
+            assert isinstance(scored, DrJaxError)
+            assert "device error" in str(scored)
+        else:
+            np.testing.assert_allclose(scored, await engine.score(prompt(30), prompt(10, 1)), atol=1e-5)
+        assert len(failed) == 0 if name == "score" else 1 <= len(failed) <= 2
+        for request, result in zip(requests, results, strict=True):
+            if result.finish is Finish.ERROR:
+                assert "a bit has flipped" in result.detail
+                assert len(result.tokens) == 0
+            else:
+                np.testing.assert_array_equal(result.tokens, (await engine.generate(*request)).tokens)
+        stats = breakable.stats()
+        assert stats["device_errors"] == 1
+        assert (stats["serving"], stats["waiting"], stats["pages_available"]) == (0, 0, SIZES["pages"])
+
+
+async def test_a_device_that_stays_broken_ends_the_engine(make_engine):
+    async with make_engine() as broken:
+        await broken.generate([1], Sampling(2))
+        await breaking(broken, "generate", times=100)
+        results = await asyncio.gather(*(broken.generate(prompt(5, i), Sampling(5)) for i in range(30)))
+        assert {result.finish for result in results} == {Finish.ERROR}
+        assert (await broken.generate([1], Sampling(2))).detail.startswith("engine: JaxRuntimeError")
+
+
+async def test_cancelled_at_any_moment_no_page_is_lost(engine, params):
+    """Requests that share a beginning, cut off after some turns of the event loop: as they wait, prefill and draw."""
+    await asyncio.to_thread(engine.set_weights, params, 14)
+    shared = prompt(60)
+    for turns in (0, 1, 2, 5, 20, 100):
+        tasks = [
+            asyncio.create_task(engine.generate(np.append(shared, prompt(40, i)), Sampling(200, seed=i)))
+            for i in range(7)
+        ]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])
+        assert {result.finish for result in results[1::2]} == {Finish.LENGTH}
+    await engine.generate([1], Sampling(2))  # a round after the last cancellation
+    stats = engine.stats()
+    assert (stats["serving"], stats["waiting"], stats["pages_available"]) == (0, 0, SIZES["pages"])
+
+
+async def test_kept_pages_serve_under_new_weights(engine, params, other_params):
+    """A rollout carried over an update goes on from what older weights made; by default nothing does."""
+    for keep, prefilled in ((True, 0), (False, 49)):
+        await asyncio.to_thread(engine.set_weights, params, 15)
+        first = await engine.generate(prompt(50), Sampling(1))
+        await asyncio.to_thread(engine.set_weights, other_params, 16, keep_pages=keep)
+        before = engine.stats()["tokens_prefilled"]
+        second = await engine.generate(prompt(50), Sampling(8))
+        assert engine.stats()["tokens_prefilled"] - before == prefilled
+        assert (first.version, second.version) == (15, 16)
+    await asyncio.to_thread(engine.set_weights, params, 17)
+
+
 async def test_a_crash_of_the_device_thread_answers_everyone(make_engine, params):
     def explode(tokens):
         raise ZeroDivisionError("boom")
@@ -208,7 +301,10 @@ async def test_closing_answers_whoever_waits_and_ends_the_thread(make_engine):
     [
         (dict(slots=0), "engine.slots: got 0"),
         (dict(decode_steps=0), "engine.decode_steps: got 0"),
-        (dict(context=1025), "engine.context: got 1025, this model goes up to 1024"),
+        (dict(pages=19), "engine.pages: got 19; one sequence of the whole context (320 tokens) needs 20 of 16 tokens"),
+        (dict(page_tokens=0), "engine.page_tokens: got 0"),
+        (dict(attention="paged"), "engine.attention: got 'paged', allowed are blocks, ragged"),
+        (dict(context=1025, pages=90), "engine.context: got 1025, this model goes up to 1024"),
         (dict(mesh=dict(data=1, fsdp=1, tensor=4)), "mesh.tensor: 2 kv heads do not divide"),
         (dict(mesh=dict(data=2, fsdp=1, tensor=1)), "mesh axis data (letter b) has size 2"),
     ],

@@ -9,7 +9,16 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from dr_jax import chips
 from dr_jax.plan import hlo, programs, report
-from dr_jax.plan.estimate import KERNEL_EFFICIENCY, bytes_per_chip, link_bytes_per_s, seconds, wire_bytes
+from dr_jax.plan.estimate import (
+    KERNEL_BANDWIDTH,
+    KERNEL_EFFICIENCY,
+    bytes_per_chip,
+    link_bytes_per_s,
+    paged_seconds,
+    seconds,
+    wire_bytes,
+)
+from dr_jax.plan.programs import Work
 
 CUBE = chips.find("v5p:4x4x4")
 PLACES = [tuple(map(int, place)) for place in np.ndindex(4, 4, 4)]
@@ -48,6 +57,13 @@ def test_every_term_of_the_time():
     terms = seconds(ops, CUBE, PLACES, kernel_flops=others, kernel_s={"splash_mqa_fwd.1": 0.25})
     want = dict(matrix=0.01, memory=0.003, kernels=1.5, exposed=0.003, overlapped=0.001)
     assert terms == pytest.approx(want)
+
+
+def test_the_engine_s_kernel_reads_or_multiplies():
+    chip = CUBE.chip
+    reading = Work(flops=1.0, hbm_bytes=chip.hbm_bytes_per_s * KERNEL_BANDWIDTH / 4)
+    multiplying = Work(flops=chip.flops_per_s * KERNEL_EFFICIENCY / 2, hbm_bytes=1.0)
+    assert (paged_seconds(reading, CUBE), paged_seconds(multiplying, CUBE)) == pytest.approx((0.25, 0.5))
 
 
 def test_bytes_of_placed_arrays():

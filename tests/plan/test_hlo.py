@@ -82,7 +82,7 @@ TPU = """HloModule jit_step, is_scheduled=true
   %p.2 = bf16[64,64]{1,0} parameter(0)
   %p.3 = bf16[64,64]{1,0} parameter(1)
   ROOT %convolution.1 = bf16[64,64]{1,0} convolution(%p.2, %p.3), dim_labels=bf_io->bf
-}
+}, execution_thread="sparsecore"
 
 %condition (c.1: (s32[], bf16[64,64])) -> pred[] {
   %c.1 = (s32[], bf16[64,64]) parameter(0)

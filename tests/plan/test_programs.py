@@ -26,9 +26,9 @@ def test_the_state_is_spread_over_the_slice_and_the_engine_over_its_own_chips(se
     assert count <= bytes_per_chip(there.state.params) <= count + 4 * small + 4 * count * 0.01
     assert bytes_per_chip(there.engine_params) == 4 * count  # f32, on one chip
     engine, model = setup.run.engine, setup.model
-    positions = -(-engine.context // 256) * 256
+    positions = (engine.pages + 1) * 128  # the sink comes on top
     per_token = 2 * 4 * model.num_layers * model.num_kv_heads * model.head_dim
-    assert bytes_per_chip(there.kv_cache) == engine.slots * positions * per_token
+    assert bytes_per_chip(there.kv_cache) == positions * per_token
 
 
 def test_the_learner_step_multiplies_what_the_formula_says(read_config):
@@ -52,6 +52,16 @@ def test_every_program_of_every_shipped_pod_traces_without_weights_or_chips(read
         assert list(traced) == [report.LEARNER, "prefill", "decode", "hand_over"]
         assert traced[report.LEARNER].kernel > 0
         assert traced["hand_over"].total == 0
+        assert (traced["decode"].kernel > 0) == (setup.run.engine.attention == "ragged")
+
+
+def test_the_engine_s_kernel_reads_the_context_of_every_row(read_config):
+    changes = {
+        "engine.context": 8192, "engine.pages": 4096, "batch.row_tokens": 8192, "batch.shorter_rows": (),
+    }  # fmt: skip
+    setup = programs.setup(read_config("deepresearcher_7b_v5p128", **changes), compiler=False)
+    decode = next(program for program in programs.programs(setup) if program.name == "decode")
+    assert decode.paged.hbm_bytes == 16 * 64 * 8192 * 57_344 / 4  # steps, rows, positions, bytes of one, chips
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_hbm_by_kind_is_what_one_works_out_by_hand(plan):
     assert hbm["optimizer"] == pytest.approx(8 * PARAMETERS / chips / GIB, rel=1e-3)
     assert hbm["reference"] == pytest.approx(2 * PARAMETERS / chips / GIB, rel=1e-3)
     assert hbm["engine_params"] == pytest.approx(2 * PARAMETERS / chips / GIB, rel=1e-3)
-    assert hbm["kv_cache"] == 16 * 32768 * 57_344 / chips / GIB
+    assert hbm["kv_cache"] == (4096 + 1) * 128 * 57_344 / chips / GIB
     assert hbm["activations"] == 28 * 32768 * (3584 + 28 * 128) * 2 / GIB  # one row a chip: a layer's input, and o
     assert hbm["temporaries"] == 0
     assert hbm["total"] == pytest.approx(sum(hbm[kind] for kind in hbm if kind not in ("total", "limit")))
@@ -54,7 +54,7 @@ def test_without_a_compiler_the_plan_says_so_and_leaves_open_what_it_cannot_know
 
 
 def test_what_does_not_fit_names_the_largest_kinds_and_what_to_change(read_config):
-    run = read_config("deepresearcher_7b", **{"engine.slots": 256})
+    run = read_config("deepresearcher_7b", **{"engine.pages": 65536})
     setup = programs.setup(run, compiler=False)
     plan = report.make(setup, compiler=False)
     full = dict.fromkeys(plan.programs, Compiled(seconds=dict.fromkeys(TERMS, 1.0), temp_bytes=20 * GIB))
@@ -62,7 +62,7 @@ def test_what_does_not_fit_names_the_largest_kinds_and_what_to_change(read_confi
     assert report.summary(plan, "")["fits"] is False
     assert report.hbm_gib(plan)["activations"] + report.hbm_gib(plan)["temporaries"] == 20
     assert report.advice(plan).startswith(
-        "kv_cache (112.0 GiB): lower config.engine.slots or config.engine.context; optimizer (14.2 GiB): raise"
+        "kv_cache (112.0 GiB): lower config.engine.pages, and config.engine.slots with it; optimizer (14.2 GiB): raise"
     )
 
 
@@ -84,5 +84,5 @@ def test_every_array_is_listed_with_its_letters_and_placement(plan):
     rows = {line.split("  ")[0]: " ".join(line.split()) for line in lines}
     assert rows["params/blocks/attn/q"].endswith("float32[28,3584,28,128] ldnh (-, fsdp, tensor, -) 359,661,568")
     assert rows["engine/blocks/mlp/down"].endswith("bfloat16[28,18944,3584] lfd (-, tensor, fsdp) 950,534,144")
-    assert rows["cache/k"].endswith("bfloat16[28,16,4,32768,128] lbksh (-, data+fsdp, tensor, -, -) 3,758,096,384")
+    assert rows["cache"].endswith("bfloat16[114716,128,8,128] pskh (-, -, tensor, -) 7,518,027,776")
     assert rows["batch/token_bt"].endswith("int32[4096,32768] bt (data+fsdp, -) 134,217,728")

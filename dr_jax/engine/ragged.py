@@ -1,0 +1,86 @@
+"""Attention over pages as a TPU kernel: the same values as `cache.attend_blocks`, at the bandwidth of the memory.
+
+The kernel is JAX's ragged paged attention (Pallas). It sees one chip's heads, so it runs under `shard_map`, together
+with the write into the pool that comes before it. It asks for heads of 128 channels (all sizes of Qwen2.5 but 0.5B)
+and kv heads that fill its tiles (1, 2, 4 or multiples of 8 a chip). JAX 0.10 cannot interpret it, so its arguments
+are what a CPU can test.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+from dr_jax.engine.cache import PADDING, write
+from dr_jax.engine.pages import SINK
+from dr_jax.model.attention import Attend
+from dr_jax.model.letters import Rules, spec
+
+LANES = 128  # a head is a multiple of so many channels
+READ = 2048  # positions that the kernel fetches at a time, whatever of them is live
+_QUERIES = 32  # tokens at a time
+_SCRATCH_BYTES = 64 * 2**20  # of on-chip memory
+
+
+def fetched(rows: int, tokens: int, positions: int) -> int:
+    """Positions whose keys and values the kernel reads in all, for `rows` of `tokens` queries that end at `positions`:
+    whole fetches, once for each of a row's blocks of queries."""
+    return rows * -(-tokens // _QUERIES) * -(-positions // READ) * READ
+
+
+class Arguments(NamedTuple):
+    """What the kernel is told beside queries and pool. Sequence i has the queries from `start_i[i]` to
+    `start_i[i + 1]`, which are the last ones of `length_b[i]` positions."""
+
+    length_b: jax.Array
+    table_bp: jax.Array
+    start_i: jax.Array
+    sequences_1: jax.Array
+
+
+def arguments(table_bp: jax.Array, position_bt: jax.Array, first_page: jax.Array, size: int) -> Arguments:
+    """Every token of every row is a query: one that is padding stands behind the row's last token, reads garbage there
+    or in the sink, and nobody reads what comes of it."""
+    b, t = position_bt.shape
+    first_b = jnp.where(position_bt[:, 0] == PADDING, 0, position_bt[:, 0])
+    beyond = -(-t // size) if t > 1 else 0
+    wider_bp = jnp.pad(table_bp, ((0, 0), (0, beyond)), constant_values=SINK)
+    return Arguments(
+        (first_b + t).astype(jnp.int32),
+        (wider_bp + first_page).astype(jnp.int32),
+        jnp.arange(b + 1, dtype=jnp.int32) * t,
+        jnp.full(1, b, jnp.int32),
+    )
+
+
+def attend_ragged(table_bp: jax.Array, position_bt: jax.Array, layer_pages: int, rules: Rules) -> Attend:
+    """As `cache.attend_blocks`. Needs a mesh in scope, and a TPU."""
+    heads, kv_heads = spec("btnh", rules.activations), spec("btkh", rules.activations)
+    pool, whole = spec("pskh", rules.activations), jax.sharding.PartitionSpec()
+
+    def local(layer, q_btnh, k_btkh, v_btkh, kv_pskh, table_bp, position_bt):
+        b, t, n, h = q_btnh.shape
+        first_page, size = layer * layer_pages, kv_pskh.shape[1]
+        kv_pskh = write(kv_pskh, first_page, table_bp, position_bt, k_btkh, v_btkh)
+        told = arguments(table_bp, position_bt, first_page, size)
+        o_qnh = ragged_paged_attention(
+            q_btnh.reshape(b * t, n, h), kv_pskh, *told, sm_scale=h**-0.5,
+            num_kv_pages_per_block=min(max(READ // size, 1), told.table_bp.shape[1]),
+            num_queries_per_block=min(_QUERIES, b * t), vmem_limit_bytes=_SCRATCH_BYTES,
+        )  # fmt: skip
+        return o_qnh.reshape(b, t, n, h), kv_pskh
+
+    sharded = jax.shard_map(
+        local,
+        in_specs=(whole, heads, kv_heads, kv_heads, pool, whole, whole),
+        out_specs=(heads, pool),
+        check_vma=False,
+    )
+
+    def attend(layer: jax.Array, q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, kv_pskh: jax.Array):
+        return sharded(layer, q_btnh, k_btkh, v_btkh, kv_pskh, table_bp, position_bt)
+
+    return attend
