@@ -102,6 +102,8 @@ def examine(run: RunConfig, values: FlagValues) -> int:
         "devices": devices, "model": model, "provider": provider, "egress": egress, "reader": reader, "page": page,
         "workdir": workdir, "memory": memory, "files": files,
     }  # fmt: skip
+    with contextlib.suppress(ImportError):  # first by one thread: of modules that import each other, two get halves
+        importlib.import_module("dr_jax.assemble")
     threads = concurrent.futures.ThreadPoolExecutor(len(checks))
     running = {name: threads.submit(check, run, values) for name, check in checks.items()}
     for name, answer in running.items():
@@ -221,9 +223,6 @@ def files(run: RunConfig, values: FlagValues) -> list[Finding]:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
-
-
-# The model ----------------------------------------------------------------------------------------------------------
 
 
 def model(run: RunConfig, values: FlagValues) -> list[Finding]:
