@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import sim_rollout
-from bench_web import _lag_ms, _p99, _peak_mb
+from bench_web import lag_ms, memory_mb, p99
 
 from dr_jax import assemble, run_config
 from dr_jax.agent import episode
@@ -133,7 +133,7 @@ async def load(episodes: int, rollouts: int = 16) -> dict[str, float]:
                 return await episode.run(question, rollout, host.context(run, sampler, seed=0, today="2026-01-01"))
 
             start_s = time.monotonic()
-            async with _lag_ms() as lags:
+            async with lag_ms() as lags:
                 groups = await scheduler.run_groups(
                     questions, rollouts=rollouts, run_episode=one, max_in_flight=IN_FLIGHT
                 )
@@ -143,9 +143,9 @@ async def load(episodes: int, rollouts: int = 16) -> dict[str, float]:
     return {
         "episodes": len(done),
         "seconds": seconds,
-        "rss_mb": _peak_mb(),
+        "rss_mb": memory_mb("VmHWM"),
         "lost": episodes // rollouts * rollouts - len(whole),
-        "lag_p99_ms": _p99(lags),
+        "lag_p99_ms": p99(lags),
         "lag_max_ms": max(lags),
         "tokens": sum(len(e.calls[-1].prompt) + len(e.calls[-1].output) for e in done if e.calls),
     }

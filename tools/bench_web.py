@@ -105,7 +105,7 @@ async def _serve(certificate: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _lag_ms() -> AsyncIterator[list[float]]:
+async def lag_ms() -> AsyncIterator[list[float]]:
     """How late the event loop was, sampled every 5 ms."""
     lags: list[float] = []
 
@@ -122,11 +122,11 @@ async def _lag_ms() -> AsyncIterator[list[float]]:
         task.cancel()
 
 
-def _p99(values: list[float]) -> float:
+def p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100)[98]
 
 
-def _memory_mb(kind: str) -> float:
+def memory_mb(kind: str) -> float:
     """`VmRSS`, now; `VmHWM`, the most so far."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(rf"{kind}:\s*(\d+) kB", status)[1]) / 1024
@@ -190,11 +190,11 @@ async def guarded_vs_raw(scheme: str, port: int, pages: int, rounds: int = 5) ->
 
 async def in_flight_1024(port: int, pages: int) -> dict[str, float]:
     """Fetches from a server that takes a second to answer, 1,024 at once."""
-    async with _fetcher(port, at_once=_IN_FLIGHT) as fetcher, _lag_ms() as lags:
+    async with _fetcher(port, at_once=_IN_FLIGHT) as fetcher, lag_ms() as lags:
         rate = await _rate(
             ["http://good.test/slow"] * max(pages, 4 * _IN_FLIGHT), functools.partial(_size, fetcher), _IN_FLIGHT
         )
-    return {"pages_per_s": rate, "rss_mb": _memory_mb("VmHWM"), "lag_p99_ms": _p99(lags)}
+    return {"pages_per_s": rate, "rss_mb": memory_mb("VmHWM"), "lag_p99_ms": p99(lags)}
 
 
 async def hostile(port: int, pages: int) -> dict[str, float]:
@@ -215,14 +215,14 @@ async def hostile(port: int, pages: int) -> dict[str, float]:
         async with _fetcher(port, policy=policy) as fetcher:
             fetch = functools.partial(_size, fetcher)
             clean = await _all(["http://good.test/page"] * pages, fetch, _AT_ONCE)
-            before_mb = _memory_mb("VmHWM")
-            async with _lag_ms() as lags:
+            before_mb = memory_mb("VmHWM")
+            async with lag_ms() as lags:
                 answers = await _all(mixed, fetch, _AT_ONCE)
     healthy = [(answer, seconds) for url, answer, seconds in answers if url.endswith("/page")]
     return {
         "healthy_ok": sum(answer == len(_BODY) for answer, _ in healthy) / len(healthy),
-        "p99_ratio": _p99([seconds for _, seconds in healthy]) / _p99([seconds for *_, seconds in clean]),
-        "rss_mb": _memory_mb("VmHWM") - before_mb,
+        "p99_ratio": p99([seconds for _, seconds in healthy]) / p99([seconds for *_, seconds in clean]),
+        "rss_mb": memory_mb("VmHWM") - before_mb,
         "lag_max_ms": max(lags),
         "denied_reached": reached,
     }
@@ -252,7 +252,7 @@ async def soak(port: int, fetches: int) -> dict[str, float]:
         for part in (urls[: fetches // 10], urls[fetches // 10 :]):
             await _all(part, functools.partial(_size, fetcher), _AT_ONCE)
             await asyncio.sleep(0.1)  # closed connections are noticed
-            states.append((_memory_mb("VmRSS"), len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())))
+            states.append((memory_mb("VmRSS"), len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())))
     rss_mb, fds, tasks = (after - before for before, after in zip(*states, strict=True))
     return {"rss_mb_per_10k": rss_mb / (0.9 * fetches / 10_000), "fds": fds, "tasks": tasks}
 
@@ -275,7 +275,7 @@ def observation(tokenizer: str) -> dict[str, float]:
         start_s = time.monotonic()
         chat.reply(preset, [], text)
         times_ms.append(1e3 * (time.monotonic() - start_s))
-    return {"encode_p99_ms": _p99(times_ms), "encode_median_ms": statistics.median(times_ms)}
+    return {"encode_p99_ms": p99(times_ms), "encode_median_ms": statistics.median(times_ms)}
 
 
 async def cache(pages: int) -> dict[str, float]:
