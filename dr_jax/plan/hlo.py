@@ -154,7 +154,8 @@ def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
             if head and not row.startswith("HloModule"):
                 lines = computations[head[2]] = []
                 entry = head[2] if head[1] else entry
-        elif row.startswith("}"):  # a computation of the sparse cores says so behind it
+        # A computation of the sparse cores says so behind its end; "}}" ends a kernel's data, which has line breaks.
+        elif row.startswith("}") and not row.startswith("}}"):
             lines = None
         elif line := _line(row):
             lines.append(line)

@@ -83,7 +83,10 @@ def summary(plan: Plan, config: str) -> dict[str, Any]:
 def mfu(plan: Plan) -> float:
     """Model FLOPs of the learner step over what the chips could do in the predicted time. See `model_flops`."""
     piece = plan.setup.piece
-    return model_flops(plan.setup) / (plan.compiled[LEARNER].step_s * piece.chips * piece.chip.flops_per_s)
+    share = model_flops(plan.setup) / (plan.compiled[LEARNER].step_s * piece.chips * piece.chip.flops_per_s)
+    if share > 1:
+        raise AssertionError(f"MFU of {share:.0%}: faster than the chips; the compiled module was not read whole")
+    return share
 
 
 def model_flops(setup: Setup) -> float:

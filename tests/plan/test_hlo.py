@@ -126,3 +126,18 @@ def test_a_module_as_the_tpu_compiler_writes_it():
 def test_a_loop_that_the_tpu_compiler_made_counts_in_unsigned_numbers():
     unsigned = TPU.replace("s32[]", "u32[]")
     assert {op.runs for op in hlo.read(unsigned, devices=16, dynamic_trips=1000)} == {28}
+
+
+def test_a_kernel_whose_data_has_line_breaks_does_not_end_its_computation():
+    text = """HloModule step
+ENTRY %main (p: f32[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  %attend.1 = f32[8,8]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"config":{
+"xprof_metadata":"{\\"block_q\\": 1024}"
+}}, metadata={op_name="attend"}
+  ROOT %dot.1 = f32[8,8]{1,0} dot(%attend.1, %attend.1), backend_config={"estimated_cycles":"7"}
+}, execution_thread="main"
+"""
+    assert [(op.kind, op.name, op.cycles) for op in hlo.read(text, devices=1)] == [
+        ("kernel", "attend.1", 0), ("matrix", "dot.1", 7),
+    ]  # fmt: skip
