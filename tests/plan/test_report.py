@@ -57,7 +57,7 @@ def test_what_does_not_fit_names_the_largest_kinds_and_what_to_change(read_confi
     run = read_config("deepresearcher_7b", **{"engine.pages": 65536})
     setup = programs.setup(run, compiler=False)
     plan = report.make(setup, compiler=False)
-    full = dict.fromkeys(plan.programs, Compiled(seconds=dict.fromkeys(TERMS, 1.0), temp_bytes=20 * GIB))
+    full = dict.fromkeys(plan.programs, Compiled(seconds=dict.fromkeys(TERMS, 1e5), temp_bytes=20 * GIB))
     plan = report.Plan(setup, plan.resident, plan.programs, plan.traced, full)
     assert report.summary(plan, "")["fits"] is False
     assert report.hbm_gib(plan)["activations"] + report.hbm_gib(plan)["temporaries"] == 20
@@ -77,6 +77,12 @@ def test_a_program_that_does_not_compile_does_not_fit(plan):
     assert said["fits"] is False
     assert said["programs"]["decode"]["failure"] == "Used 40.1G of 31.2G hbm."
     assert "did not compile: Used 40.1G of 31.2G hbm." in report.table(failed, "")
+
+
+def test_a_step_faster_than_the_chips_is_our_mistake(plan):
+    quick = {name: Compiled(seconds=dict.fromkeys(TERMS, 1.0)) for name in plan.programs}
+    with pytest.raises(AssertionError, match="was not read whole"):
+        report.mfu(report.Plan(plan.setup, plan.resident, plan.programs, plan.traced, quick))
 
 
 def test_every_array_is_listed_with_its_letters_and_placement(plan):
