@@ -2,8 +2,7 @@
 
     python tools/plan.py --config=configs/deepresearcher_05b_v5e8.py     # what it needs and how fast it can be
 
-The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run,
-and the compiler has not been asked whether it fits: do so first.
+The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run.
 
 The smallest machine that trains on the real web: to try a change before it costs a pod. 14 query heads and 2 key/value
 heads let two chips share a row (tensor); four such pairs share the weights (fsdp).

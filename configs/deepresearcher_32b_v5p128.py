@@ -2,8 +2,7 @@
 
     python tools/plan.py --config=configs/deepresearcher_32b_v5p128.py     # what it needs and how fast it can be
 
-The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run,
-and the compiler has not been asked whether it fits: do so first.
+The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run.
 
 Weights are spread over all 64 chips (fsdp), and each chip has a row of its own, as for the 7B; only a layer's input is
 kept for the backward pass.

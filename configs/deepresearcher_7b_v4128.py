@@ -2,8 +2,7 @@
 
     python tools/plan.py --config=configs/deepresearcher_7b_v4128.py     # what it needs and how fast it can be
 
-The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run,
-and the compiler has not been asked whether it fits: do so first.
+The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run.
 
 Four chips share a row of 32,768 tokens (tensor), which no chip of 32 GiB holds beside everything else; 16 such groups
 share the weights (fsdp). Between layers each chip keeps a quarter of the channels of every token.

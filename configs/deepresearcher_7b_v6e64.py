@@ -4,8 +4,8 @@
 
 The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run.
 
-Four chips share a row of 32,768 tokens (tensor), which no chip of 32 GiB holds beside everything else; 16 such groups
-share the weights (fsdp). Between layers each chip keeps a quarter of the channels of every token.
+Weights are spread over all 64 chips (fsdp) and gathered layer by layer; each chip has a row of its own, which fits where
+only a layer's input is kept for the backward pass and an engine has pages for half of its sequences at full length.
 """
 
 import pathlib
@@ -16,23 +16,26 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("deepresearcher_7b.py")))["get_config"]()
+    config.engine.slots = 16  # of each host's engine
+    config.engine.pages = 2048  # 3.5 GiB a chip: 8 sequences at full context, or 16 at half of it
+    config.model.remat = "full"  # 7 KiB a token and layer
     config.topology = "v6e:8x8"
-    config.mesh = ConfigDict(dict(data=1, fsdp=16, tensor=4))
+    config.mesh = ConfigDict(dict(data=1, fsdp=64, tensor=1))
     #                       weights    activations
     config.sharding = ConfigDict(
         dict(
-            b=(None, ("data", "fsdp")),  # rows: each group of four chips has its own
+            b=(None, ("data", "fsdp")),  # rows: each chip has its own
             t=(None, None),
             s=(None, None),
-            d=("fsdp", "tensor"),  # channels: 3584 / 16 = 224 of weights, 3584 / 4 = 896 of activations a chip
-            f=("tensor", "tensor"),  # 18944 / 4 = 4736 a chip
-            n=("tensor", "tensor"),  # 28 / 4 = 7 a chip
-            k=("tensor", "tensor"),  # 4 / 4 = 1 a chip
+            d=("fsdp", None),  # channels: 3584 / 64 = 56 of weights a chip
+            f=("tensor", "tensor"),  # tensor=1: whole
+            n=("tensor", "tensor"),
+            k=("tensor", "tensor"),
             g=(None, None),
             h=(None, None),
             l=(None, None),
             v=("tensor", "tensor"),
         )
     )
-    config.batch.micro_rows = 16  # one row to four chips
+    config.batch.micro_rows = 64  # one row a chip
     return config
