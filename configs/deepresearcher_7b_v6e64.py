@@ -4,8 +4,8 @@
 
 The recipe is that of `deepresearcher_7b.py`; this file says what the slice changes. It has not been run.
 
-Weights are spread over all 64 chips (fsdp) and gathered layer by layer; each chip has a row of its own, which fits where
-only a layer's input is kept for the backward pass and an engine has pages for half of its sequences at full length.
+Weights are spread over all 64 chips (fsdp) and gathered layer by layer; each chip has a row of its own. That fits where
+only a layer's input is kept for the backward pass, and an engine has pages for half of its sequences at full length.
 """
 
 import pathlib
