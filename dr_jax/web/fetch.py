@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Callable
 from typing import Self
 
 import aiohttp
@@ -74,22 +72,11 @@ class Limits:
             raise ConfigError(f"limits.max_wait_s: {self.max_wait_s} is not a positive number of seconds")
 
 
+@dataclasses.dataclass
 class _Clock:
     """Network seconds left to one fetch, all hops and retries together."""
 
-    def __init__(self, total_s: float):
-        self._left_s = total_s
-
-    @contextlib.asynccontextmanager
-    async def running(self, response_s: float) -> AsyncIterator[Callable[[], None]]:
-        """Times out when nothing is left, or after `response_s`, until what it gives is called: a response came."""
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
-        try:
-            async with asyncio.timeout(min(self._left_s, response_s)) as deadline:
-                yield lambda: deadline.reschedule(started_s + self._left_s)
-        finally:
-            self._left_s -= loop.time() - started_s
+    left_s: float
 
 
 class Fetcher:
@@ -201,16 +188,21 @@ class Fetcher:
         return answer
 
     async def _exchange(self, url: URL, want: _Want, clock: _Clock) -> Response | URL | Failure:
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        ends_s = started_s + clock.left_s
         try:
-            async with clock.running(self._limits.timeouts.response_s) as responded:
+            async with asyncio.timeout_at(min(ends_s, started_s + self._limits.timeouts.response_s)) as deadline:
                 response = await self._session.get(url, allow_redirects=False, headers={"Accept": want.accept})
                 async with response:
-                    responded()
+                    deadline.reschedule(ends_s)
                     return await self._read(url, want, response)
         # The border: hostile input made aiohttp and yarl raise IndexError, AssertionError, LookupError and more, and
         # one page must never end a rollout.
         except Exception as error:  # noqa: BLE001
             return failure_of(error)
+        finally:
+            clock.left_s = ends_s - loop.time()
 
     async def _read(self, url: URL, want: _Want, response: aiohttp.ClientResponse) -> Response | URL | Failure:
         status = response.status

@@ -115,20 +115,21 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int, *, cut: bo
     if encoding not in ("", "identity", "gzip", "deflate"):
         return Failure(FailureKind.UNSUPPORTED_ENCODING, "only one of gzip and deflate")
     inflater = _Inflater(encoding) if encoding in ("gzip", "deflate") else None
-    body, wire_bytes = bytearray(), 0
-    async for chunk in response.content.iter_any():
+    parts, wire_bytes, size = [], 0, 0
+    while chunk := await response.content.readany():
         wire_bytes += len(chunk)
         try:
-            body += inflater.feed(chunk, max_bytes + 1 - len(body)) if inflater else chunk
+            parts.append(inflater.feed(chunk, max_bytes + 1 - size) if inflater else chunk)
         except zlib.error:
             return Failure(FailureKind.PROTOCOL_ERROR, f"corrupt {encoding}")
-        if max(wire_bytes, len(body)) > max_bytes:
-            if cut:
-                return bytes(body[:max_bytes])
-            return Failure(FailureKind.TOO_LARGE, f"more than {max_bytes} bytes")
+        size += len(parts[-1])
+        if max(wire_bytes, size) > max_bytes:
+            return (
+                b"".join(parts)[:max_bytes] if cut else Failure(FailureKind.TOO_LARGE, f"more than {max_bytes} bytes")
+            )
     if inflater and not inflater.complete:
         return Failure(FailureKind.TRUNCATED, f"{encoding} ends too early")
-    return bytes(body)
+    return b"".join(parts)
 
 
 # What a resolver says when it has looked and there is nothing; the rest (EAI_AGAIN, EAI_FAIL) is its own failure.

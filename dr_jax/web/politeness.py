@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
@@ -14,7 +15,7 @@ from dr_jax.records import Failure, FailureKind
 T = TypeVar("T")
 
 _MAX_HOLD_S = 86_400.0  # whatever Retry-After says
-_BURST = 4  # starts in one turn of the event loop, a quarter of a millisecond each
+_TURN_S = 0.005  # of starts in one turn of the event loop; together they are cheaper than apart
 _SWEEP_SITES = 4096  # idle sites are forgotten from here on
 
 
@@ -59,7 +60,7 @@ class Gate:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ):
         self._slots = asyncio.Semaphore(max_concurrent)
-        self._burst, self._crowd = 0, asyncio.Lock()
+        self._turn_ends_s: float | None = None  # on the event loop's clock; None before its first start
         self._max_per_site, self._max_wait_s = max_per_site, max_wait_s
         self._clock, self._sleep = clock, sleep
         self._sites: dict[str, _Site] = {}
@@ -71,23 +72,18 @@ class Gate:
         site.visitors += 1
         try:
             # A timer is most of what a turn costs: it is set only where there is something to wait for.
-            async with asyncio.timeout(None if self._is_free(site) else self._max_wait_s) as patience:
-                async with site.turns:
-                    async with site.door:
-                        if refusal := await self._until_open(site):
-                            return refusal
-                        await self._pace()
-                        await self._slots.acquire()
-                        site.next_s = self._clock() + delay_s
-                    try:
-                        patience.reschedule(None)
-                        return await ask()
-                    finally:
-                        self._slots.release()
-        except TimeoutError:
-            if not patience.expired():
-                raise
-            return Failure(FailureKind.RATE_LIMITED, f"no turn in {self._max_wait_s:g} s of waiting")
+            patience = contextlib.nullcontext() if self._is_free(site) else asyncio.timeout(self._max_wait_s)
+            try:
+                async with patience:
+                    if refusal := await self._enter(site, delay_s):
+                        return refusal
+            except TimeoutError:
+                return Failure(FailureKind.RATE_LIMITED, f"no turn in {self._max_wait_s:g} s of waiting")
+            try:
+                return await ask()
+            finally:
+                self._slots.release()
+                site.turns.release()
         finally:
             site.visitors -= 1
 
@@ -96,17 +92,34 @@ class Gate:
         site = self._site(name)
         site.held_s = max(site.held_s, self._clock() + min(seconds, _MAX_HOLD_S))
 
-    async def _pace(self) -> None:
-        """Spreads requests that begin at once over turns of the event loop, which they would stop for a while."""
-        if self._burst >= _BURST:
-            async with self._crowd:
-                await asyncio.sleep(0)
-        if not self._burst:
-            asyncio.get_running_loop().call_soon(self._end_burst)
-        self._burst += 1
+    async def _enter(self, site: _Site, delay_s: float) -> Failure | None:
+        """Takes a turn at `site` and a slot, which the caller gives back; or neither, and says why."""
+        await site.turns.acquire()
+        entered = False
+        try:
+            await self._pace()
+            async with site.door:
+                if refusal := await self._until_open(site):
+                    return refusal
+                await self._slots.acquire()
+                site.next_s = self._clock() + delay_s
+            entered = True
+        finally:
+            if not entered:
+                site.turns.release()
+        return None
 
-    def _end_burst(self) -> None:
-        self._burst = 0
+    async def _pace(self) -> None:
+        """Requests that begin at once give the event loop its turn between them."""
+        loop = asyncio.get_running_loop()
+        while self._turn_ends_s is not None and loop.time() >= self._turn_ends_s:  # noqa: ASYNC110 - a turn of the loop is all there is to wait for
+            await asyncio.sleep(0)
+        if self._turn_ends_s is None:
+            self._turn_ends_s = loop.time() + _TURN_S
+            loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._turn_ends_s = None
 
     def _is_free(self, site: _Site) -> bool:
         crowded = site.turns.locked() or site.door.locked() or self._slots.locked()
