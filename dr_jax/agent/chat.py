@@ -7,6 +7,7 @@ grow: a turn is appended to the tokens of the turns before it, and nothing that 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -23,8 +24,10 @@ from dr_jax.errors import ConfigError
 from dr_jax.records import Origin
 
 _NEEDED = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>")
-# Longer text is cut by characters before it is encoded, for encoding holds the GIL. Prose has about four a token.
-_MAX_CHARS_PER_TOKEN = 6
+# Longer text is cut by characters before it is encoded. Prose has about four a token, and hardly any has more than six.
+_CHARS_PER_TOKEN, _MAX_CHARS_PER_TOKEN = 4, 6
+# Long text is encoded in parts, side by side: no piece that Qwen's tokenizer looks at goes on after a line break.
+_PARTS = re.compile(r"(?s).{2000,}?\n(?=\S)|.+")
 _CUT = " …[cut]"
 # How byte-level BPE spells a byte as a character (GPT-2): itself where it is printable, else from U+0100 on.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -144,7 +147,7 @@ class Chat:
             pieces = ((opening, Origin.TEMPLATE), (shown, Origin.WORLD), (closing, Origin.TEMPLATE))
             return self._user_turn(preset, output, *(Text(*piece) for piece in pieces))
 
-        if len(safe) <= preset.observation_tokens * _MAX_CHARS_PER_TOKEN:
+        if len(safe) <= preset.observation_tokens * _CHARS_PER_TOKEN:
             whole = turn(safe)
             if (whole.origin == Origin.WORLD).sum() <= preset.observation_tokens:
                 return whole
@@ -208,21 +211,34 @@ class Chat:
         return encode
 
     def _encoding(self, text: str) -> Any:
-        # A batch of one: unlike `encode`, it lets other threads run meanwhile.
-        return self._plain.encode_batch([text], add_special_tokens=False)[0]
+        from tokenizers import Encoding
+
+        # A batch, even of one: unlike `encode`, it lets other threads run meanwhile.
+        parts = self._plain.encode_batch(_PARTS.findall(text) or [""], add_special_tokens=False)
+        return parts[0] if len(parts) == 1 else Encoding.merge(parts, growing_offsets=True)
 
     def cut(self, text: str, max_tokens: int) -> str:
         """`text`, cut to at most `max_tokens` tokens, with a mark at the end where anything is missing."""
-        head = _encodable(text[: max_tokens * _MAX_CHARS_PER_TOKEN])
-        offsets = self._encoding(head).offsets
-        if len(head) == len(text) and len(offsets) <= max_tokens:
+        head, ends = self._head(text, max_tokens)
+        if len(head) == len(text) and len(ends) <= max_tokens:
             return text
         room = max_tokens - len(self.plain(_CUT))
-        head = head[: offsets[room][0]] if room < len(offsets) else head
-        # What was one token with its neighbour may be two without it.
-        while head and (excess := len(self.plain(head + _CUT)) - max_tokens) > 0:
-            head = head[:-excess]
+        head = head[: ends[room - 1]] if room < len(ends) else head
+        # What was one token with its neighbour may be two without it; the last part alone has such neighbours.
+        last = _PARTS.findall(head)[-1] if head else ""
+        before = bisect.bisect_right(ends, len(head) - len(last))
+        while last and (excess := before + len(self.plain(last + _CUT)) - max_tokens) > 0:
+            head, last = head[:-excess], last[:-excess]
         return head + _CUT
+
+    def _head(self, text: str, max_tokens: int) -> tuple[str, list[int]]:
+        """Enough of `text` for `max_tokens` tokens, or what may be encoded of it; and where its tokens end."""
+        for chars_per_token in (_CHARS_PER_TOKEN, _MAX_CHARS_PER_TOKEN):
+            head = _encodable(text[: max_tokens * chars_per_token])
+            ends = [end for _, end in self._encoding(head).offsets]
+            if len(head) == len(text) or len(ends) > max_tokens:
+                break
+        return head, ends
 
 
 def _tokens_over(encoding: Any, start: int, end: int) -> slice:

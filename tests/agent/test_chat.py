@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
+from dr_jax.agent import chat as module
 from dr_jax.agent.chat import Chat
 from dr_jax.agent.presets import PRESETS
 from dr_jax.assemble import CHECKPOINT
@@ -29,6 +32,11 @@ def qwen(qwen_tokenizer_dir):
 @pytest.fixture(scope="module")
 def chat(qwen_tokenizer_dir):
     return Chat.load(qwen_tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def shipped_chat():
+    return Chat.load(CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +150,26 @@ def test_an_observation_is_cut_at_its_limit(chat, text, limit):
         kept = cut.removesuffix(" …[cut]")
         assert kept != cut
         assert text.replace("\ud800", "?").startswith(kept)
+
+
+LINES = st.lists(
+    st.one_of(FRAGMENTS, st.sampled_from(["\n\n", "\r\n", " \n ", "\n#", "\n\u0301", "\x1f", "\x85", "a", "'s"])),
+    max_size=30,
+)
+
+
+@pytest.mark.parametrize("tokenizer", ["chat", "shipped_chat"])
+@given(text=LINES.map("".join))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_text_encoded_in_parts_has_the_tokens_of_the_whole(request, monkeypatch, tokenizer, text):
+    chat, text = request.getfixturevalue(tokenizer), text.replace("\ud800", "?")
+    monkeypatch.setattr(module, "_PARTS", re.compile(module._PARTS.pattern.replace("2000", "3")))
+    whole, merged = chat._plain.encode(text, add_special_tokens=False), chat._encoding(text)
+    assert (merged.ids, merged.offsets) == (whole.ids, whole.offsets)
+    assert [merged.char_to_token(i) for i in range(len(text))] == [whole.char_to_token(i) for i in range(len(text))]
+    cut = chat.cut(text, 16)
+    assert len(chat.plain(cut)) <= 16
+    assert (cut == text) == (len(whole.ids) <= 16)
 
 
 def test_a_huge_observation_is_cut_before_it_is_encoded(chat):
