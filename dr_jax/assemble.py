@@ -144,7 +144,7 @@ async def host(
             preset=preset(run),
             searcher=UnblockedSearcher(CachedSearcher(client, cache), settings.policy),
             browser=CachedBrowser(visits, cache, max_segment_chars=web.segment_chars),
-            reader=await reading.open_reader(run, preset(run), cache, meter, stack),
+            reader=await reading.open_reader(run, preset(run), cache, meter, stack, index=index, count=count),
             cache=cache,
             budget=meter,
             admission=Admission(run.rollout.max_memory_fraction * memory_bytes()),

@@ -16,7 +16,7 @@ from dr_jax.agent.reader import ExtractiveReader
 from dr_jax.errors import ConfigError
 from dr_jax.interfaces import Reader
 from dr_jax.run_config import RunConfig
-from dr_jax.web.budget import Budget, reader_usd
+from dr_jax.web.budget import Budget, reader_usd, share
 from dr_jax.web.cache import Cache, CachedReader
 from dr_jax.web.completions import ChatClient, Endpoint
 from dr_jax.web.http import open_session, own_host
@@ -77,17 +77,32 @@ def own_endpoint(run: RunConfig) -> dict[str, tuple[str, int]]:
 
 
 async def open_reader(
-    run: RunConfig, preset: Preset, cache: Cache, meter: Budget, stack: contextlib.AsyncExitStack
+    run: RunConfig,
+    preset: Preset,
+    cache: Cache,
+    meter: Budget,
+    stack: contextlib.AsyncExitStack,
+    *,
+    index: int,
+    count: int,
 ) -> Reader | None:
-    """The reader that all episodes share; what it opens closes with `stack`. None where the policy reads."""
+    """The reader that all episodes share; what it opens closes with `stack`. None where the policy reads.
+
+    Host `index` of `count` takes its share of what all of them may ask at once."""
     if run.web.reader == "extractive":
         return ExtractiveReader()
     if run.web.reader == "policy":
         return None
     asked, caps = endpoint(run), limits(run, preset)
+    at_once = share(run.reading.max_concurrent, index, count)
+    if at_once < 1:
+        raise ConfigError(
+            f"config.reading.max_concurrent: {run.reading.max_concurrent} requests at once leave none to some of {count} "
+            f"hosts; give {count} or more"
+        )
     # Only this session may go to an address of one's own, never the fetcher.
     session = await stack.enter_async_context(open_session(hosts=own_endpoint(run), contact=run.web.contact))
-    client = ChatClient(session, asked, max_concurrent=run.reading.max_concurrent, budget=meter)
+    client = ChatClient(session, asked, max_concurrent=at_once, budget=meter)
     identity = {**client.identity, "version": model_reader.VERSION, "limits": repr(caps)}
     return CachedReader(ModelReader(ask_endpoint(client), caps), cache, identity=identity)
 

@@ -63,7 +63,7 @@ class Reading:
     model: str  # as the endpoint names it
     key_variable: str  # name of the environment variable that holds its key; '' = it asks for none
     parameters: Mapping[str, Any]  # sent along, over temperature 0 and max_tokens; None leaves one of them out
-    max_concurrent: int  # requests to the endpoint
+    max_concurrent: int  # requests to the endpoint by all hosts together
 
 
 @dataclasses.dataclass(frozen=True)

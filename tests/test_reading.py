@@ -106,6 +106,17 @@ async def test_each_name_is_another_reader(run, tmp_path, monkeypatch):
         assert (context.reading.max_segments, context.reading.max_notes_chars) == (4, 2048)
 
 
+async def test_hosts_share_what_the_endpoint_takes_at_once(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_API_KEY", KEY)
+    async with llm(run) as (settings, _):
+        few = changed(settings, "reading", max_concurrent=3)
+        async with assemble.host(few, tmp_path, index=2, count=3) as host:
+            assert host.reader is not None
+        with pytest.raises(ConfigError, match="config.reading.max_concurrent: 3 .* of 4 hosts; give 4 or more"):
+            async with assemble.host(few, tmp_path, index=3, count=4):
+                pass
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
