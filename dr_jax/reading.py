@@ -97,7 +97,7 @@ async def open_reader(
     at_once = share(run.reading.max_concurrent, index, count)
     if at_once < 1:
         raise ConfigError(
-            f"config.reading.max_concurrent: {run.reading.max_concurrent} requests at once leave none to some of {count} "
+            f"config.reading.max_concurrent: {run.reading.max_concurrent} at once leave none to some of {count} "
             f"hosts; give {count} or more"
         )
     # Only this session may go to an address of one's own, never the fetcher.
