@@ -132,20 +132,28 @@ def memory_mb(kind: str) -> float:
     return int(re.search(rf"{kind}:\s*(\d+) kB", status)[1]) / 1024
 
 
-async def _all(
-    urls: list[str], fetch: Callable[[str], Awaitable[object]], at_once: int
-) -> list[tuple[str, object, float]]:
-    """(url, answer, seconds) of each, `at_once` in flight."""
-    left, done = iter(urls), []
+Answered = tuple[str, object, float]  # url, answer, seconds
+
+
+async def _each(
+    urls: list[str], fetch: Callable[[str], Awaitable[object]], at_once: int, done: Callable[[Answered], object]
+) -> None:
+    """Fetches all, `at_once` in flight, and tells `done` of each."""
+    left = iter(urls)
 
     async def work() -> None:
         for url in left:
             start_s = time.monotonic()
             answer = await fetch(url)
-            done.append((url, answer, time.monotonic() - start_s))
+            done((url, answer, time.monotonic() - start_s))
 
     await asyncio.gather(*(work() for _ in range(at_once)))
-    return done
+
+
+async def _all(urls: list[str], fetch: Callable[[str], Awaitable[object]], at_once: int) -> list[Answered]:
+    answers = []
+    await _each(urls, fetch, at_once, answers.append)
+    return answers
 
 
 async def _rate(urls: list[str], fetch: Callable[[str], Awaitable[object]], at_once: int) -> float:
@@ -184,8 +192,11 @@ async def guarded_vs_raw(scheme: str, port: int, pages: int, rounds: int = 5) ->
             ours = await _rate([f"{scheme}://good.test/page"] * pages, guarded, _AT_ONCE)
             rates.append((ours, await _rate([f"{scheme}://127.0.0.1:{port}/page"] * pages, raw, _AT_ONCE)))
     ours, raws = zip(*rates, strict=True)
-    ratio = statistics.median(our / raw for our, raw in rates)
-    return {"ratio": ratio, "guarded_per_s": statistics.median(ours), "raw_per_s": statistics.median(raws)}
+    return {
+        "ratio": statistics.median(our / raw for our, raw in rates),
+        "guarded_per_s": statistics.median(ours),
+        "raw_per_s": statistics.median(raws),
+    }
 
 
 async def in_flight_1024(port: int, pages: int) -> dict[str, float]:
@@ -250,7 +261,7 @@ async def soak(port: int, fetches: int) -> dict[str, float]:
     async with _fetcher(port) as fetcher:
         states = []
         for part in (urls[: fetches // 10], urls[fetches // 10 :]):
-            await _all(part, functools.partial(_size, fetcher), _AT_ONCE)
+            await _each(part, functools.partial(_size, fetcher), _AT_ONCE, lambda _: None)
             await asyncio.sleep(0.1)  # closed connections are noticed
             states.append((memory_mb("VmRSS"), len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())))
     rss_mb, fds, tasks = (after - before for before, after in zip(*states, strict=True))
@@ -267,7 +278,7 @@ def parse() -> dict[str, float]:
 
 
 def observation(tokenizer: str) -> dict[str, float]:
-    """Milliseconds in which a page becomes 8,192 tokens of a prompt; the event loop waits for them."""
+    """Milliseconds in which a page becomes 8,192 tokens of a prompt."""
     chat, preset = Chat.load(tokenizer), dataclasses.replace(PRESETS["deepresearcher"], observation_tokens=8192)
     text = "\n".join(extract(_RESPONSE).segments) * 4
     times_ms = []
@@ -363,8 +374,8 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one line of JSON after the table")
-    parser.add_argument("--pages", type=int, default=2000, help="of each measurement")
-    parser.add_argument("--soak_fetches", type=int, default=20_000, help="of the soak; 100,000 take minutes")
+    parser.add_argument("--pages", type=int, default=2000, help="of each measurement but the soak")
+    parser.add_argument("--soak_fetches", type=int, default=100_000)
     parser.add_argument("--tokenizer", default=str(_TOKENIZER), help="a directory; the embedded world's is a small one")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="some of the figures")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
