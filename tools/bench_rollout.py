@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import sim_rollout
-from bench_web import lag_ms, memory_mb, p99
+from instruments import lag_ms, memory_mb, p99
 
 from dr_jax import assemble, run_config
 from dr_jax.agent import episode
