@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -189,13 +190,6 @@ def check_shared(workdir: pathlib.Path) -> None:
             )
 
 
-def preempted(step: int) -> bool:
-    """Whether one of the hosts was told to go (SIGTERM): the same answer on all of them at the same `step`.
-
-    Ask after each step. With one host SIGTERM ends the process, as ever."""
-    return count() > 1 and multihost_utils.reached_preemption_sync_point(step)
-
-
 @contextlib.contextmanager
 def one_for_all() -> Iterator[None]:
     """Ends the whole run where this host alone fails inside: the others would wait in a collective, heartbeats flowing.
@@ -225,6 +219,12 @@ class Alarm:
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
+
+
+def longest_silence_s(run: RunConfig) -> float:
+    """How long no part of a step can take: episodes end by their deadline, and so many of them wait for others."""
+    episodes = max(run.rollout.questions * run.rollout.rollouts, run.eval.questions)
+    return MIN_SILENCE_S + 2 * run.agent.deadline_s * math.ceil(episodes / run.rollout.max_in_flight)
 
 
 def _spans_hosts(run: RunConfig) -> bool:

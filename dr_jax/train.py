@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import json
 import logging
-import math
 import pathlib
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from dr_jax import assemble, entry, evaluate, hosts, metrics, report, run_config, workdirs
+from dr_jax import assemble, entry, evaluate, hosts, metrics, preemption, report, run_config, workdirs
 from dr_jax.agent import episode
 from dr_jax.batch import PackedBatch
 from dr_jax.engine.service import Engine
@@ -77,10 +76,11 @@ class Trainer:
             self.device = assemble.device(run)
             self._lock = workdirs.claim(workdir, run) if hosts.first() else None
             self.own.mkdir(parents=True, exist_ok=True)
-        self.alarm = hosts.Alarm(longest_silence_s(run))
+        self.alarm = hosts.Alarm(hosts.longest_silence_s(run))
         self.skipped = 0  # steps in a row
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=run.checkpoint.keep)
         self.standing = self._restore()
+        self.saved = self.standing.step  # its newest checkpoint
         # Before the log forgets the steps that the checkpoint does not know.
         self.spent = Spent(*hosts.gather(dataclasses.astuple(workdirs.spent(workdir)))[0])
         last_step = self.standing.step or -1  # a run that starts over also evaluates again
@@ -126,22 +126,32 @@ class Trainer:
         await asyncio.to_thread(self.give_weights, engine)
         if standing.step == 0:
             await self.evaluate(host, engine, lines)
-        async with self.rollouts(host, engine, until) as rollouts:
-            going = False
-            while standing.step < until and not going:
+        async with preemption.listening() as present, self.rollouts(host, engine, until) as rollouts:
+            while standing.step < until:
                 started_s = time.monotonic()
-                values = await self.step(host, engine, rollouts)
+                try:
+                    values = await self.step(host, engine, rollouts, present)
+                except preemption.Preempted:
+                    break
                 standing.train_seconds += time.monotonic() - started_s
                 lines.step(values)
                 due = run.eval.every_steps and standing.step % run.eval.every_steps == 0
                 if due or standing.step == run.steps:
                     values |= await self.evaluate(host, engine, lines)
                 await asyncio.to_thread(self.log, values, host)  # evaluations are paid too
-                going = hosts.preempted(standing.step)
-                if going or standing.step % run.checkpoint.every_steps == 0 or standing.step in (until, run.steps):
-                    await asyncio.to_thread(self.checkpoints.save, standing.step, standing.state, standing.meta(run))
+                if standing.step % run.checkpoint.every_steps == 0:
+                    await asyncio.to_thread(self.keep)
+        await asyncio.to_thread(self.keep)
 
-    async def step(self, host: assemble.Host, engine: Engine, rollouts: Scheduler) -> dict[str, float]:
+    def keep(self) -> None:
+        """Saves the last step, if it is not saved. Runs in a thread."""
+        if self.saved < self.standing.step:
+            self.saved = self.standing.step
+            self.checkpoints.save(self.saved, self.standing.state, self.standing.meta(self.run))
+
+    async def step(
+        self, host: assemble.Host, engine: Engine, rollouts: Scheduler, present: preemption.Preemption
+    ) -> dict[str, float]:
         """One optimizer step on the next questions: rollouts, packed rows, update, new weights to the engine."""
         run, standing = self.run, self.standing
         started_s = time.monotonic()
@@ -149,7 +159,7 @@ class Trainer:
         await asyncio.to_thread(hosts.agree, host.budget.begin_step)
         ours = len(hosts.share(range(run.rollout.questions))) * run.rollout.rollouts
         with report.episodes_bar(ours, f"step {standing.step + 1}") as bar:
-            groups = await rollouts.take(standing.step, on_episode=lambda episode: bar.update(1))
+            groups = await present.unless(rollouts.take(standing.step, on_episode=lambda episode: bar.update(1)))
         generated_s = time.monotonic()
         self.alarm.put_off()
         await asyncio.to_thread(self.check_health, host, groups)
@@ -306,12 +316,6 @@ class Trainer:
         (self.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         print(_table(evaluations[0], evaluations[-1]))
         return summary
-
-
-def longest_silence_s(run: RunConfig) -> float:
-    """How long no part of a step can take: episodes end by their deadline, and so many of them wait for others."""
-    episodes = max(run.rollout.questions * run.rollout.rollouts, run.eval.questions)
-    return hosts.MIN_SILENCE_S + 2 * run.agent.deadline_s * math.ceil(episodes / run.rollout.max_in_flight)
 
 
 def _outcomes(groups: Sequence[Sequence[Episode]]) -> list[list[Outcome]]:

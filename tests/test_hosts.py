@@ -190,7 +190,6 @@ def test_one_host_is_alone(tmp_path):
     assert hosts.first()
     assert hosts.own(tmp_path) == tmp_path
     assert hosts.gather({"a": (1, 2)}) == [{"a": [1, 2]}]
-    assert not hosts.preempted(1)
     with pytest.raises(ConfigError, match="^mine$"), hosts.one_for_all(), hosts.agreed():
         raise ConfigError("mine")
 
