@@ -201,8 +201,13 @@ def one_for_all() -> Iterator[None]:
     except BaseException as error:
         if count() == 1 or _SAID_BY_ALL in getattr(error, "__notes__", ()):
             raise
-        traceback.print_exc()
-        _end(3 if isinstance(error, RolloutHalted) else 2 if isinstance(error, DrJaxError) else 1)
+        fail(error)
+
+
+def fail(error: BaseException) -> None:
+    """Ends this host, and with it the run on all of them, from any thread. With one host it does nothing."""
+    if count() > 1:
+        _end(3 if isinstance(error, RolloutHalted) else 2 if isinstance(error, DrJaxError) else 1, error)
 
 
 class Alarm:
@@ -235,12 +240,13 @@ def _spans_hosts(run: RunConfig) -> bool:
 
 
 def _end_with_thread(args: threading.ExceptHookArgs) -> None:
-    threading.__excepthook__(args)
-    _end(1)
+    _end(1, args.exc_value)
 
 
-def _end(code: int) -> None:
-    print(f"host {index()} of {count()} failed; the run ends on all of them", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+def _end(code: int, error: BaseException | None) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a full disk may take no log any more
+        traceback.print_exception(error)
+        print(f"host {index()} of {count()} failed; the run ends on all of them", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -78,7 +78,7 @@ class Trainer:
             self.own.mkdir(parents=True, exist_ok=True)
         self.alarm = hosts.Alarm(hosts.longest_silence_s(run))
         self.skipped = 0  # steps in a row
-        self.checkpoints = Checkpoints(workdir / "checkpoints", keep=run.checkpoint.keep)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep=run.checkpoint.keep, failed=hosts.fail)
         self.standing = self._restore()
         self.saved = self.standing.step  # its newest checkpoint
         # Before the log forgets the steps that the checkpoint does not know.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import resource
 import signal
 import sys
 import time
@@ -295,6 +296,22 @@ def test_a_host_that_fails_takes_the_other_down_with_a_stack(how, host, tmp_path
         assert other.wait(LIMIT_S) != 0
     said = (tmp_path / "logs" / f"{1 - host}.log").read_text()
     assert "most recent call first" in said or "most recent call last" in said, said
+
+
+@pytest.mark.slow
+def test_a_host_whose_disk_is_full_ends_both_and_the_run_goes_on_once_there_is_room(tmp_path):
+    run = [*TRAIN, f"--workdir={tmp_path / 'run'}", "--config.steps=1000"]
+    with two_hosts(run, tmp_path / "full") as processes:
+        wait_for(tmp_path / "full" / "0.log", "step    2/1000")
+        # Larger files fail, as on a full disk: its part of a checkpoint, but not its log.
+        resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        assert processes[1].wait(LIMIT_S) != 0
+        assert processes[0].wait(LIMIT_S) != 0
+    assert "File too large" in (tmp_path / "full" / "1.log").read_text()
+    with two_hosts([*run, "--stop_after=1"], tmp_path / "again") as processes:
+        assert wait(processes, START_S) == [0, 0], (tmp_path / "again" / "0.log").read_text()
+    (said,) = (line for line in (tmp_path / "again" / "0.log").read_text().splitlines() if line.startswith("stopped"))
+    assert int(said.split()[3]) >= 2
 
 
 @pytest.mark.slow

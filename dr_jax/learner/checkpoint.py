@@ -6,8 +6,10 @@ go on; shape, dtype and checksum of every leaf, as the array format itself does 
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,9 +30,18 @@ class Checkpoints:
 
     Writing runs in the background: `save` returns once the state is copied, and the next `save` or `close` raises
     `CheckpointError` if it went wrong. Opening to write removes what an interrupted write left behind.
+
+    `failed` is told at once, in a thread of Orbax, that this host cannot write its arrays: with several hosts the next
+    `save` would not raise, but wait for the others for 20 minutes.
     """
 
-    def __init__(self, path: str | pathlib.Path, *, keep: int | None = None):
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        keep: int | None = None,
+        failed: Callable[[CheckpointError], None] = lambda error: None,
+    ):
         self._path = pathlib.Path(path).absolute()
         if keep is None and not self._path.is_dir():
             raise CheckpointError(f"{self._path}: no checkpoint directory")
@@ -41,7 +52,10 @@ class Checkpoints:
             cleanup_tmp_directories=self._writable,
             read_only=not self._writable,
         )
-        self._manager = ocp.CheckpointManager(self._path, options=options)
+        handlers = {name: _TellingHandler(self._path, failed) for name in ("params", "rest")}
+        self._manager = ocp.CheckpointManager(
+            self._path, options=options, item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()}
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -59,7 +73,7 @@ class Checkpoints:
         params, rest = _split(state)
         leaves = _leaves({"params": params, "rest": rest})
         try:
-            items = dict(params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest))
+            items = dict(params=_Save(params), rest=_Save(rest))
             written = ocp.args.Composite(**items, meta=ocp.args.JsonSave({"leaves": leaves, "meta": meta}))
             self._manager.wait_until_finished()  # raises what the previous write hid
             self._manager.save(step, args=written)
@@ -131,7 +145,7 @@ class Checkpoints:
                 raise CheckpointError(
                     f"{self._path}: step {step} is of another model or optimizer: {name} is {got} there, {want} here"
                 )
-        items, reason = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+        items, reason = self._read(step, **{name: _Restore(tree) for name, tree in abstract.items()})
         if reason is not None:
             return None, reason
         wrong = [name for name, leaf in _leaves(items).items() if leaf != leaves[name]]
@@ -159,6 +173,46 @@ class Checkpoints:
                 (self._path / str(step)).rename(self._path / f"{step}.unreadable")
         multihost_utils.sync_global_devices("unreadable checkpoints moved")
         self._manager.reload()
+
+
+class _TellingHandler(ocp.StandardCheckpointHandler):
+    """Writes arrays, and tells `failed` why it cannot."""
+
+    def __init__(self, path: pathlib.Path, failed: Callable[[CheckpointError], None]):
+        super().__init__()
+        self._path, self._failed = path, failed
+
+    async def async_save(self, *args: Any, **kwargs: Any) -> list[_TellingFuture]:
+        futures = await super().async_save(*args, **kwargs)
+        return [_TellingFuture(future, self._tell) for future in futures or ()]
+
+    def _tell(self, error: Exception) -> None:
+        self._failed(CheckpointError(f"{self._path}: this host cannot write its part: {_line(error)}"))
+
+
+@ocp.args.register_with_handler(_TellingHandler, for_save=True)
+class _Save(ocp.args.StandardSave):
+    """Arrays to write."""
+
+
+@ocp.args.register_with_handler(_TellingHandler, for_restore=True)
+class _Restore(ocp.args.StandardRestore):
+    """Arrays to read, as this says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _TellingFuture:
+    """A future of Orbax, which waits for its `result` in the thread that writes."""
+
+    future: Any
+    tell: Callable[[Exception], None]
+
+    def result(self, timeout: int | None = None) -> Any:
+        try:
+            return self.future.result(timeout)
+        except Exception as error:
+            self.tell(error)
+            raise
 
 
 def _split(state: TrainState) -> tuple[Params, dict[str, Any]]:

@@ -29,7 +29,7 @@ def train(make_step, segments, pack_rows, ref_params, mesh, rules):
 
     def go(state: TrainState, steps: int) -> TrainState:
         for _ in range(steps):
-            first = int(state.step)
+            first = int(state.step) % (len(segments) - 2)
             batch = put_batch(pack_rows([segments[first : first + 3]]), mesh, rules)
             state, metrics = make_step(mesh, 2)(state, ref_params, batch)
             assert metrics["step/skipped"] == 0
@@ -71,6 +71,21 @@ def test_train_4_is_train_2_restore_train_2_bitwise(tmp_path, train, fresh, abst
     assert meta == {"cursor": 16, "config": {"lr": 1e-6}}
     assert restored.step == 2
     assert_bitwise(train(restored, 2), whole)
+
+
+@pytest.mark.slow
+def test_row_84_a_thousand_steps_in_two_hundred_pieces_are_the_steps_of_one_run_bitwise(
+    tmp_path, train, fresh, abstract, mesh
+):
+    state = fresh(mesh)
+    for step in range(5, 1001, 5):
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            if step > 5:
+                state, meta = checkpoints.restore(abstract(mesh))
+                assert meta == {"cursor": step - 5}
+            checkpoints.save(step, train(state, 5), {"cursor": step})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_bitwise(checkpoints.restore(abstract(mesh))[0], train(fresh(mesh), 1000))
 
 
 def test_restores_onto_another_mesh(written, abstract):
