@@ -6,6 +6,7 @@ and `ask` are written in terms of these two.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -84,6 +85,7 @@ class Host:
     reader: Reader | None  # None = the policy reads
     cache: Cache
     budget: Budget
+    in_flight: asyncio.Semaphore  # of episodes, those of an evaluation too
     admission: Admission
     watchdog: Watchdog
 
@@ -147,6 +149,7 @@ async def host(
             reader=await reading.open_reader(run, preset(run), cache, meter, stack, index=index, count=count),
             cache=cache,
             budget=meter,
+            in_flight=asyncio.Semaphore(run.rollout.max_in_flight),
             admission=Admission(run.rollout.max_memory_fraction * memory_bytes()),
             watchdog=await stack.enter_async_context(Watchdog()),
         )

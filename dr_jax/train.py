@@ -206,7 +206,7 @@ class Trainer:
             run_episode,
             steps=range(first, until),
             rollouts=run.rollout.rollouts,
-            max_in_flight=run.rollout.max_in_flight,
+            in_flight=host.in_flight,
             max_policy_lag=run.rollout.max_policy_lag,
             admit=host.admission.wait,
         )

@@ -135,7 +135,7 @@ async def load(episodes: int, rollouts: int = 16) -> dict[str, float]:
             start_s = time.monotonic()
             async with lag_ms() as lags:
                 groups = await scheduler.run_groups(
-                    questions, rollouts=rollouts, run_episode=one, max_in_flight=IN_FLIGHT
+                    questions, rollouts=rollouts, run_episode=one, in_flight=asyncio.Semaphore(IN_FLIGHT)
                 )
             seconds = time.monotonic() - start_s
     done = [e for group in groups for e in group.episodes]

@@ -318,7 +318,7 @@ def scheduled(*, in_flight: int, max_policy_lag: int) -> Train:
             lambda step, question, rollout: pod.episode(host, question, rollout),
             steps=range(steps),
             rollouts=pod.load.rollouts,
-            max_in_flight=in_flight,
+            in_flight=asyncio.Semaphore(in_flight),
             max_policy_lag=max_policy_lag,
         ) as scheduler:
             for step in range(steps):

@@ -38,7 +38,6 @@ class _Weights(NamedTuple):
 
     params: Params
     version: int
-    keep_pages: bool
     done: Future[None]
 
 
@@ -144,14 +143,13 @@ class Engine:
             request.resolve(Finish.ERROR, self._rounds.version, wrong)
         return await request.future
 
-    def set_weights(self, params: Params, version: int, *, keep_pages: bool = False) -> None:
+    def set_weights(self, params: Params, version: int) -> None:
         """Returns once the engine holds its own copy of `params`, resharded on device; later samples carry `version`.
 
         The copy is made in the calling thread while samples are drawn, which takes memory for both; it takes effect
-        between two rounds. Sequences in flight go on with the keys and values they have. What is kept for later
-        sequences is forgotten, unless `keep_pages`: then an episode goes on from keys and values of older weights, as
-        a rollout carried over an update does. Blocks for a round, so call it outside the event loop; every leaf must
-        be addressable here. Raises `ConfigError` for weights of another model.
+        between two rounds. Sequences in flight go on with the keys and values they have; what is kept for later
+        sequences is forgotten, so that none begins with what older weights made. Blocks for a round, so call it outside
+        the event loop; every leaf must be addressable here. Raises `ConfigError` for weights of another model.
         """
         if self._closed:
             raise DrJaxError(self._closed)
@@ -159,7 +157,7 @@ class Engine:
         with self._admission:
             if self._closed:
                 raise DrJaxError(self._closed)
-            self._inbox.put(_Weights(params, version, keep_pages, done))
+            self._inbox.put(_Weights(params, version, done))
         done.result()
 
     def stats(self) -> dict[str, float]:
@@ -238,7 +236,7 @@ class Engine:
                 case None:
                     return False
                 case _Weights() as weights:
-                    self._rounds.set_weights(weights.params, weights.version, keep_pages=weights.keep_pages)
+                    self._rounds.set_weights(weights.params, weights.version)
                     weights.done.set_result(None)
                 case request:
                     self._waiting.append(request)

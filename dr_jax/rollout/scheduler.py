@@ -38,9 +38,10 @@ class Scheduler:
 
     An episode of step s starts once the sampler holds the weights of version s - `max_policy_lag`, so its oldest call
     is at most that much older than the weights it trains. Episodes start in the order of steps, questions, rollouts:
-    siblings meet in the sampler and share its prompt cache, and what the learner waits for goes first. At most
-    `max_in_flight` run, in all steps together; a waiting one costs memory only, for the sampler decides which of them
-    hold an accelerator slot. Of what has ended, at most 1 + `max_policy_lag` steps are kept for the learner.
+    siblings meet in the sampler and share its prompt cache, and what the learner waits for goes first. Each holds
+    `in_flight` while it runs, which bounds them in all steps together, and whatever else holds it, such as an
+    evaluation. A waiting one costs memory only, for the sampler decides which of them hold an accelerator slot. Of what
+    has ended, at most 1 + `max_policy_lag` steps are kept for the learner.
 
     `questions_of(step)` is asked twice and has to give the same. `admit()` is awaited before each start, and holds it
     back for as long as it does not return (say, while memory is short); those in flight go on.
@@ -53,14 +54,14 @@ class Scheduler:
         *,
         steps: range,
         rollouts: int,
-        max_in_flight: int,
+        in_flight: asyncio.Semaphore,
         max_policy_lag: int = 0,
         admit: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
         self._questions_of, self._run_episode = questions_of, run_episode
         self._steps, self._rollouts, self._lag = steps, rollouts, max_policy_lag
         self._admit = admit
-        self._in_flight = asyncio.Semaphore(max_in_flight)
+        self._in_flight = in_flight
         self._newest = steps.start - 1  # the last step whose episodes may start
         self._newer = asyncio.Event()
         self._ended: dict[int, asyncio.Queue[tuple[int, Episode] | None]] = collections.defaultdict(asyncio.Queue)
@@ -159,7 +160,7 @@ async def run_groups(
     *,
     rollouts: int,
     run_episode: Callable[[Question, int], Awaitable[Episode]],
-    max_in_flight: int,
+    in_flight: asyncio.Semaphore,
     admit: Callable[[], Awaitable[None]] = _at_once,
     on_episode: Callable[[Episode], None] = lambda episode: None,
 ) -> tuple[Group, ...]:
@@ -169,7 +170,7 @@ async def run_groups(
         lambda step, question, rollout: run_episode(question, rollout),
         steps=range(1),
         rollouts=rollouts,
-        max_in_flight=max_in_flight,
+        in_flight=in_flight,
         admit=admit,
     ) as scheduler:
         return await scheduler.take(0, on_episode)
