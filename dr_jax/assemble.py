@@ -1,4 +1,4 @@
-"""From settings to objects: the only module that sees both columns.
+"""From settings to objects, of both columns.
 
 `host` opens what an episode needs from the world and `Device` holds what lives on accelerators; `train`, `evaluate`
 and `ask` are written in terms of these two.
@@ -94,9 +94,17 @@ class Host:
         return self.admission.metrics() | self.watchdog.metrics()
 
     def context(
-        self, run: RunConfig, sampler: Sampler, *, seed: int, today: str, temperature: float | None = None
+        self,
+        run: RunConfig,
+        sampler: Sampler,
+        *,
+        seed: int,
+        today: str,
+        temperature: float | None = None,
+        priority: int = 0,
     ) -> EpisodeContext:
-        """The context of some episodes; `temperature` overrides the run's (0 = greedy evaluation)."""
+        """The context of some episodes; `temperature` overrides the run's (0 = greedy evaluation). Of all that wait for
+        the sampler those of the lowest `priority` are served first."""
         agent = run.agent
         drawn = temperature is None
         sampling = Sampling(
@@ -104,6 +112,7 @@ class Host:
             temperature=agent.temperature if drawn else temperature,
             top_p=agent.top_p if drawn else 1.0,
             top_k=agent.top_k if drawn else 0,
+            priority=priority,
         )
         return EpisodeContext(
             sampler=sampler,

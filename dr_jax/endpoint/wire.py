@@ -46,8 +46,8 @@ class Refused(DrJaxError):
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A chat to be rendered by the model's template. `begun` is text that the assistant's turn starts with, `forced` the
-    tool that it must call then: '' for any of them, None where it need not."""
+    """A chat to be rendered by the model's template. `begun` is text that the assistant's turn starts with;
+    `forced` the tool that it must call then: '' for any of them, None where it need not."""
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...]

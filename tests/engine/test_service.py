@@ -115,6 +115,22 @@ async def test_what_cannot_be_scored_raises(engine, head, tail):
         await engine.score(head, tail)
 
 
+async def test_who_waits_is_served_by_priority_and_then_by_arrival(engine):
+    slots, done = SIZES["slots"], []
+
+    async def one(name: str, priority: int) -> None:
+        await engine.generate(prompt(9), Sampling(12, priority=priority))
+        done.append(name)
+
+    async with asyncio.TaskGroup() as all_of_them:
+        for i in range(slots):
+            all_of_them.create_task(engine.generate(prompt(9, i), Sampling(250, priority=9)))
+        for name, priority in (("second", 5), ("third", 5), ("last", 7), ("first", -1)):
+            for _ in range(slots):
+                all_of_them.create_task(one(name, priority))
+    assert done == [name for name in ("first", "second", "third", "last") for _ in range(slots)]
+
+
 async def test_cancelling_frees_the_slot_and_the_queue(engine):
     tasks = [asyncio.create_task(engine.generate(prompt(20, i), Sampling(290))) for i in range(9)]
     await asyncio.sleep(0.02)

@@ -314,7 +314,7 @@ async def test_a_progress_bar_that_breaks_is_heard():
         async with Scheduler(
             questions_of, rollouts.run, steps=range(1), rollouts=2, in_flight=asyncio.Semaphore(4)
         ) as scheduler:
-            await scheduler.take(0, broken)
+            await scheduler.take(0, on_episode=broken)
     assert rollouts.running == 0
 
 
@@ -339,6 +339,24 @@ async def test_a_gate_holds_starts_back_and_lets_the_running_ones_end():
         gate.set()
         groups = await taking
     assert sum(len(group.episodes) for group in groups) == 6
+
+
+@pytest.mark.parametrize(("lag", "want"), [(0, [[0, 1], [2, 3], [4]]), (1, [[3, 4], [1, 2], [0]])])
+async def test_a_step_is_taken_in_parts(lag, want):
+    """Of the next questions without lag, so that the order is the same in every run; else of those that end first."""
+
+    async def run(step, question, rollout):
+        await turns(50 - 10 * int(question.id) + 3 * rollout)
+        return Episode(question, rollout, (CALL,), (), StopReason.ANSWERED)
+
+    async with Scheduler(
+        lambda step: QUESTIONS, run, steps=range(2), rollouts=2, in_flight=asyncio.Semaphore(99), max_policy_lag=lag
+    ) as scheduler:
+        taken = [await scheduler.take(0, 2), await scheduler.take(0, 2), await scheduler.take(0)]
+        assert sorted(group.row for group in await scheduler.take(1)) == [0, 1, 2, 3, 4]
+    assert [[group.row for group in groups] for groups in taken] == want
+    assert all([e.rollout for e in group.episodes] == [0, 1] for groups in taken for group in groups)
+    assert all(group.question is QUESTIONS[group.row] for groups in taken for group in groups)
 
 
 async def test_a_step_is_taken_once():
