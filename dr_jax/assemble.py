@@ -1,4 +1,4 @@
-"""From settings to objects: the only module that sees both columns.
+"""From settings to objects, of both columns.
 
 `host` opens what an episode needs from the world and `Device` holds what lives on accelerators; `train`, `evaluate`
 and `ask` are written in terms of these two.
@@ -6,6 +6,7 @@ and `ask` are written in terms of these two.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -84,6 +85,7 @@ class Host:
     reader: Reader | None  # None = the policy reads
     cache: Cache
     budget: Budget
+    in_flight: asyncio.Semaphore  # of episodes, those of an evaluation too
     admission: Admission
     watchdog: Watchdog
 
@@ -92,9 +94,17 @@ class Host:
         return self.admission.metrics() | self.watchdog.metrics()
 
     def context(
-        self, run: RunConfig, sampler: Sampler, *, seed: int, today: str, temperature: float | None = None
+        self,
+        run: RunConfig,
+        sampler: Sampler,
+        *,
+        seed: int,
+        today: str,
+        temperature: float | None = None,
+        priority: int = 0,
     ) -> EpisodeContext:
-        """The context of some episodes; `temperature` overrides the run's (0 = greedy evaluation)."""
+        """The context of some episodes; `temperature` overrides the run's (0 = greedy evaluation). Of all that wait for
+        the sampler those of the lowest `priority` are served first."""
         agent = run.agent
         drawn = temperature is None
         sampling = Sampling(
@@ -102,6 +112,7 @@ class Host:
             temperature=agent.temperature if drawn else temperature,
             top_p=agent.top_p if drawn else 1.0,
             top_k=agent.top_k if drawn else 0,
+            priority=priority,
         )
         return EpisodeContext(
             sampler=sampler,
@@ -147,6 +158,7 @@ async def host(
             reader=await reading.open_reader(run, preset(run), cache, meter, stack, index=index, count=count),
             cache=cache,
             budget=meter,
+            in_flight=asyncio.Semaphore(run.rollout.max_in_flight),
             admission=Admission(run.rollout.max_memory_fraction * memory_bytes()),
             watchdog=await stack.enter_async_context(Watchdog()),
         )

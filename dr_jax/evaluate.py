@@ -46,7 +46,7 @@ async def heldout(
         questions,
         rollouts=1,
         run_episode=lambda question, rollout: episode.run(question, rollout, context),
-        max_in_flight=run.rollout.max_in_flight,
+        in_flight=host.in_flight,
         admit=host.admission.wait,
         on_episode=on_episode,
     )

@@ -103,6 +103,11 @@ def check(run: RunConfig) -> None:
     ):
         if value % hosts:
             raise ConfigError(f"config.{field}: {value} do not divide over {hosts} hosts; make it a multiple")
+    if run.batch.parts > 1 and (run.rollout.questions // hosts % run.batch.parts or run.batch.micro_rows % hosts):
+        raise ConfigError(
+            f"config.batch.parts: got {run.batch.parts}; it must divide a host's {run.rollout.questions // hosts} "
+            f"questions, and {hosts} hosts must divide config.batch.micro_rows = {run.batch.micro_rows}; or set it to 1"
+        )
     if (used := int(np.prod(list(run.mesh.values())))) != devices:
         raise ConfigError(f"config.mesh: covers {used} devices, the {hosts} hosts have {devices}; it must cover all")
     if jax.local_device_count() % run.engine.tensor:

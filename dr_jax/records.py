@@ -132,6 +132,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     seed: int = 0
+    priority: int = 0  # of those that wait for the sampler, the lowest is served first; of equals, who came first
 
 
 @dataclasses.dataclass(frozen=True)

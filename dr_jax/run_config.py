@@ -123,6 +123,9 @@ class Batch:
     row_tokens: int
     shorter_rows: tuple[int, ...]  # tokens, rising: lengths of row beside row_tokens for what fits; () = none
     micro_rows: int  # rows of one gradient-accumulation step; of shorter rows as many more as make up its tokens
+    parts: (
+        int  # of a step's groups: each is learned once its episodes have ended, the others still run; 1 = all at once
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +200,8 @@ class RunConfig:
 _POSITIVE = (
     "steps", "rollout.questions", "rollout.rollouts", "rollout.max_in_flight", "engine.slots", "engine.context",
     "engine.tensor", "engine.prefill_rows", "engine.prefill_chunk", "engine.decode_steps", "batch.rows",
-    "batch.row_tokens", "batch.micro_rows", "optim.lr", "optim.grad_clip", "checkpoint.every_steps", "checkpoint.keep",
+    "batch.row_tokens", "batch.micro_rows", "batch.parts", "optim.lr", "optim.grad_clip", "checkpoint.every_steps",
+    "checkpoint.keep",
     "eval.questions", "export.max_shard_gb", "agent.deadline_s", "agent.top_p", "web.segment_chars",
     "web.max_concurrent_searches", "web.cache_ttl_s", "reading.max_segments", "reading.patience", "reading.max_tokens",
     "reading.max_concurrent", "rollout.max_memory_fraction",
@@ -283,6 +287,10 @@ def _check_sizes(run: RunConfig) -> None:
             f"config.batch.rows: {run.batch.rows} is less than questions x rollouts = "
             f"{run.rollout.questions * run.rollout.rollouts}: long episodes could overflow the batch. Raise batch.rows "
             "(rows that stay empty cost nothing)."
+        )
+    if run.rollout.questions % run.batch.parts:
+        raise ConfigError(
+            f"config.batch.parts: {run.batch.parts} does not divide config.rollout.questions = {run.rollout.questions}"
         )
     if run.rollout.max_policy_lag and run.grpo.old_logp == "learner" and not run.grpo.tis_cap:
         raise ConfigError(

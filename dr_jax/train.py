@@ -13,35 +13,29 @@ import dataclasses
 import datetime
 import json
 import logging
+import operator
 import pathlib
 import sys
 import time
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
-import jax
 from absl import flags
 
 from dr_jax import assemble, entry, evaluate, hosts, metrics, preemption, report, run_config, workdirs
 from dr_jax.agent import episode
-from dr_jax.batch import PackedBatch
 from dr_jax.engine.service import Engine
-from dr_jax.errors import Diverged
 from dr_jax.learner.checkpoint import Checkpoints
 from dr_jax.learner.state import TrainState, abstract_state, init_state
-from dr_jax.learner.step import make_train_step, put_batch
 from dr_jax.metrics import Outcome
 from dr_jax.model import hf
-from dr_jax.records import Episode, Question, Role
+from dr_jax.records import Episode, Question
 from dr_jax.rollout import journal, scheduler
-from dr_jax.rollout.advantages import group_advantages
-from dr_jax.rollout.pack import pack_by_length, segments
 from dr_jax.rollout.scheduler import Group, Scheduler
 from dr_jax.run_config import RunConfig
 from dr_jax.task.questions import QuestionOrder
+from dr_jax.update import Update
 from dr_jax.web.budget import Spent
-
-MAX_SKIPPED = 3  # steps in a row without a finite gradient: the run does not heal by itself
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +71,6 @@ class Trainer:
             self._lock = workdirs.claim(workdir, run) if hosts.first() else None
             self.own.mkdir(parents=True, exist_ok=True)
         self.alarm = hosts.Alarm(hosts.longest_silence_s(run))
-        self.skipped = 0  # steps in a row
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=run.checkpoint.keep, failed=hosts.fail)
         self.standing = self._restore()
         self.saved = self.standing.step  # its newest checkpoint
@@ -85,12 +78,7 @@ class Trainer:
         self.spent = Spent(*hosts.gather(dataclasses.astuple(workdirs.spent(workdir)))[0])
         last_step = self.standing.step or -1  # a run that starts over also evaluates again
         self._log = metrics.MetricsLog(workdir, last_step=last_step) if hosts.first() else None
-        device = self.device
-        self.train_step = make_train_step(
-            device.config, device.grpo, device.mesh, device.rules, optim=device.optim, micro_rows=run.batch.micro_rows,
-            compute_dtype=run.model.dtype, remat=run.model.remat, kernel=run.model.attention,
-            compiler=run.model.compiler,
-        )  # fmt: skip
+        self.update = Update(run, self.device)
 
     def _restore(self) -> Standing:
         device = self.device
@@ -152,19 +140,29 @@ class Trainer:
     async def step(
         self, host: assemble.Host, engine: Engine, rollouts: Scheduler, present: preemption.Preemption
     ) -> dict[str, float]:
-        """One optimizer step on the next questions: rollouts, packed rows, update, new weights to the engine."""
+        """One optimizer step on the next questions: rollouts, packed rows, update, new weights to the engine.
+
+        The update begins with the first part of the groups, while the others still run (`batch.parts`)."""
         run, standing = self.run, self.standing
         started_s = time.monotonic()
         self.alarm.put_off()
         await asyncio.to_thread(hosts.agree, host.budget.begin_step)
-        ours = len(hosts.share(range(run.rollout.questions))) * run.rollout.rollouts
-        with report.episodes_bar(ours, f"step {standing.step + 1}") as bar:
-            groups = await present.unless(rollouts.take(standing.step, on_episode=lambda episode: bar.update(1)))
+        ours = len(hosts.share(range(run.rollout.questions)))
+        groups: list[Group] = []
+        with report.episodes_bar(ours * run.rollout.rollouts, f"step {standing.step + 1}") as bar:
+            for part in range(run.batch.parts):
+                taken = await present.unless(
+                    rollouts.take(standing.step, ours // run.batch.parts, on_episode=lambda episode: bar.update(1))
+                )
+                groups += taken
+                self.alarm.put_off()
+                if part < run.batch.parts - 1:
+                    await asyncio.to_thread(self.update.add, standing.state, taken)
+        groups.sort(key=operator.attrgetter("row"))
         generated_s = time.monotonic()
-        self.alarm.put_off()
         await asyncio.to_thread(self.check_health, host, groups)
-        batches = self.pack(groups)
-        learned = await asyncio.to_thread(self.learn, batches)
+        standing.state, learned = await asyncio.to_thread(self.update.finish, standing.state, taken)
+        await asyncio.to_thread(self.update.check, learned)
         learned_s = time.monotonic()
         self.alarm.put_off()
         standing.step += 1
@@ -199,14 +197,15 @@ class Trainer:
 
         def run_episode(step: int, question: Question, rollout: int) -> Awaitable[Episode]:
             seed = episode.seed_of(run.seed, cursor(step))  # a question met again in a later epoch is drawn anew
-            return episode.run(question, rollout, host.context(run, engine, seed=seed, today=standing.today))
+            context = host.context(run, engine, seed=seed, today=standing.today, priority=step)
+            return episode.run(question, rollout, context)
 
         return Scheduler(
             lambda step: hosts.share(self.order.take(cursor(step), size)),
             run_episode,
             steps=range(first, until),
             rollouts=run.rollout.rollouts,
-            max_in_flight=run.rollout.max_in_flight,
+            in_flight=host.in_flight,
             max_policy_lag=run.rollout.max_policy_lag,
             admit=host.admission.wait,
         )
@@ -216,54 +215,6 @@ class Trainer:
         with hosts.agreed():
             host.budget.check()
             scheduler.check_health(groups, max_infra_fraction=self.run.rollout.max_infra_fraction)
-
-    def pack(self, groups: Sequence[Group]) -> tuple[PackedBatch, ...]:
-        """The checked batches of one step, by length of row; episodes that an outage touched are left out.
-
-        `equal_groups='skip'` also leaves out the groups that say nothing about the policy, and with them their tokens
-        in the loss's denominator: DAPO's filter (arXiv 2503.14476, section 3.2) without drawing others in their place.
-        """
-        run, rows, reads = self.run, [], []
-        for group in groups:
-            trainable = [e.trainable for e in group.episodes]
-            rewards = [e.reward for e in group.episodes]
-            advantages = group_advantages(rewards, trainable, normalise=run.grpo.advantage)
-            if run.grpo.equal_groups == "skip" and not advantages.any():
-                continue
-            for e, advantage in zip(group.episodes, advantages, strict=True):
-                if e.trainable:
-                    rows += segments(e, float(advantage))
-                    reads += segments(e, float(advantage), Role.READER) if run.reading.train else ()
-        batches = pack_by_length(
-            rows, rows=run.batch.rows // hosts.count(), lengths=(*run.batch.shorter_rows, run.batch.row_tokens),
-            optional=reads,
-        )  # fmt: skip
-        for batch in batches:
-            batch.check()
-        if left_out := len(rows) + len(reads) - sum(int(batch.segment_bt.max(1).sum()) for batch in batches):
-            log.warning("%d of %d calls of the reader are not trained: raise config.batch.rows", left_out, len(reads))
-        return batches
-
-    def learn(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """Updates the state (which is donated) and returns the learner's metrics. Runs in a thread.
-
-        Raises:
-          Diverged: a non-finite loss or gradient, for the third time in a row; the parameters are as before the first.
-        """
-        device = self.device
-        rows = tuple(put_batch(batch, device.mesh, device.rules) for batch in batches)
-        reference = device.params if device.grpo.kl_coef > 0 else None
-        self.standing.state, values = self.train_step(self.standing.state, reference, rows)
-        learned = {name: float(value) for name, value in jax.device_get(values).items()}
-        broken = learned["step/skipped"] and learned["step/weight"] > 0  # a step without trained tokens is skipped too
-        self.skipped = self.skipped + 1 if broken else 0
-        with hosts.agreed():
-            if self.skipped == MAX_SKIPPED:
-                raise Diverged(
-                    f"loss or gradient were not finite in {MAX_SKIPPED} steps in a row; none of them changed the "
-                    "parameters. Lower config.optim.lr or config.optim.grad_clip, or go on from an earlier checkpoint."
-                )
-        return learned
 
     def give_weights(self, engine: Engine) -> None:
         """Hands the current parameters to this host's engine, on the devices. Runs in a thread."""

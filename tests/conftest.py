@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import runpy
 import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,9 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import pytest
 
+from dr_jax import run_config
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +33,12 @@ def _loopback_only(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def run() -> run_config.RunConfig:
+    """The settings of configs/quickstart.py."""
+    return run_config.resolve(runpy.run_path(str(QUICKSTART))["get_config"]().to_dict())
 
 
 @pytest.fixture(scope="session")

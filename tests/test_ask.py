@@ -48,7 +48,7 @@ async def test_an_endpoint_answers_as_the_engine_does(capsys, monkeypatch):
 
 def test_an_endpoint_that_is_not_there_is_one_line(capsys):
     assert ask.main(["ask", f"--config={QUICKSTART}", "--question=Who?", "--server=models.example"]) == 2
-    assert "error: server: got 'models.example'; need an address" in capsys.readouterr().err
+    assert "error: server: a server such as http://127.0.0.1:8000/v1 needs an http(s) URL" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_one_line(capsys):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import pathlib
 
 import numpy as np
 import pytest
@@ -17,21 +15,11 @@ from dr_jax.agent.chat import Chat
 from dr_jax.agent.presets import PRESETS
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind, StopReason
-from dr_jax.run_config import RunConfig, resolve
+from dr_jax.run_config import RunConfig
 from dr_jax.testing import ScriptedSampler
 from dr_jax.web.budget import Spent
 from dr_jax.world import demonstrations
 from dr_jax.world import questions as world_questions
-
-QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
-
-
-@pytest.fixture(scope="module")
-def run() -> RunConfig:
-    spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return resolve(module.get_config().to_dict())
 
 
 def changed(run: RunConfig, section: str, **fields) -> RunConfig:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
-import pathlib
 import random
 
 import pytest
@@ -18,21 +16,12 @@ from dr_jax.agent.presets import PRESETS
 from dr_jax.agent.reader import ExtractiveReader
 from dr_jax.errors import ConfigError
 from dr_jax.records import StopReason
-from dr_jax.run_config import RunConfig, resolve
+from dr_jax.run_config import RunConfig
 from dr_jax.testing import ScriptedSampler
 from dr_jax.world import demonstrations
 from dr_jax.world import questions as world_questions
 
-QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 KEY = "canary-4f9d2c"
-
-
-@pytest.fixture(scope="module")
-def run() -> RunConfig:
-    spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return resolve(module.get_config().to_dict())
 
 
 def changed(run: RunConfig, section: str, **fields) -> RunConfig:

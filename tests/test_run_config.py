@@ -35,6 +35,7 @@ def test_every_shipped_config_resolves(path):
         (lambda c: c["optim"].update(lrr=1), r"config.optim.lrr: no such setting; did you mean 'lr'\?"),
         (lambda c: c.update(zebra=1), "config.zebra: no such setting; fields here: seed, steps"),
         (lambda c: c["optim"].pop("lr"), "config.optim.lr: missing"),
+        (lambda c: c["batch"].update(parts=3), "config.batch.parts: 3 does not divide config.rollout.questions = 16"),
         (lambda c: c["optim"].update(lr="fast"), "config.optim.lr: got 'fast' .str., need float"),
         (lambda c: c.update(steps=1.5), "config.steps: got 1.5 .float., need int"),
         (lambda c: c.update(steps=True), "config.steps: got True .bool., need int"),

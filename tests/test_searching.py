@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
-import pathlib
 
 import pytest
 
 from dr_jax import searching
 from dr_jax.errors import ConfigError
-from dr_jax.run_config import Web, resolve
+from dr_jax.run_config import Web
 from dr_jax.web.budget import Budget
 
-QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 
-
-@pytest.fixture(scope="module")
-def web() -> Web:
-    spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return resolve(module.get_config().to_dict()).web
+@pytest.fixture
+def web(run) -> Web:
+    return run.web
 
 
 def test_the_embedded_engine_speaks_a_real_wire_and_takes_any_key(web):

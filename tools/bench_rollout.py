@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
 import pathlib
 import runpy
@@ -40,9 +41,9 @@ IN_FLIGHT = 1024  # of the load: configs/deepresearcher_7b.py
 
 
 def simulate(
-    load: sim_rollout.Load, costs: sim_rollout.Costs, lags: tuple[int, ...], oversubscription: int
+    load: sim_rollout.Load, costs: sim_rollout.Costs, lags: list[int], all_parts: list[int], oversubscription: int
 ) -> dict[str, sim_rollout.Report]:
-    """Lock-step, then each lag."""
+    """Lock-step, then each lag with the update in so many parts."""
 
     def run(train: Any, lag: int) -> sim_rollout.Report:
         async def main() -> sim_rollout.Report:
@@ -51,21 +52,21 @@ def simulate(
         return run_in_no_time(main())
 
     reports = {"lock-step": run(sim_rollout.lock_step, 0)}
-    for lag in lags:
-        train = sim_rollout.scheduled(in_flight=oversubscription * SLOTS, max_policy_lag=lag)
-        reports[f"lag {lag}"] = run(train, lag)
+    for lag, parts in itertools.product(lags, all_parts):
+        train = sim_rollout.scheduled(in_flight=oversubscription * SLOTS, max_policy_lag=lag, parts=parts)
+        reports[f"lag {lag}, {parts} part{'s' * (parts > 1)}"] = run(train, lag)
     return reports
 
 
 def table(reports: Mapping[str, sim_rollout.Report]) -> str:
     """Step time, its ratio to lock-step, and what the chips did."""
-    lines = ["              step s  x lock-step  busy   engine s  learner s  idle s  stale or late"]
+    lines = ["                  step s  x lock-step  busy   engine s  learner s  idle s  stale or late"]
     slowest_s = reports["lock-step"].step_s()
     for name, report in reports.items():
         step_s, parts = report.step_s(), [report.busy_fraction(what) for what in ("", "engine", "learner")]
         lost = sum(count for stop, count in report.stops.items() if stop != StopReason.ANSWERED)
         lines.append(
-            f"{name:<12}{step_s:>8.1f}  {slowest_s / step_s:>11.2f}  {parts[0]:.3f}  {parts[1] * step_s:>8.1f}"
+            f"{name:<16}{step_s:>8.1f}  {slowest_s / step_s:>11.2f}  {parts[0]:.3f}  {parts[1] * step_s:>8.1f}"
             f"  {parts[2] * step_s:>9.1f}  {(1 - parts[0]) * step_s:>6.1f}  {lost:>13}"
         )
     return "\n".join(lines)
@@ -135,7 +136,7 @@ async def load(episodes: int, rollouts: int = 16) -> dict[str, float]:
             start_s = time.monotonic()
             async with lag_ms() as lags:
                 groups = await scheduler.run_groups(
-                    questions, rollouts=rollouts, run_episode=one, max_in_flight=IN_FLIGHT
+                    questions, rollouts=rollouts, run_episode=one, in_flight=asyncio.Semaphore(IN_FLIGHT)
                 )
             seconds = time.monotonic() - start_s
     done = [e for group in groups for e in group.episodes]
@@ -159,7 +160,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line of JSON after the tables")
     parser.add_argument("--plot", type=pathlib.Path, help="where to draw busy fractions over time (a PNG)")
-    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2, 3], help="policy lags to simulate")
+    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2], help="policy lags to simulate")
+    parser.add_argument("--parts", type=int, nargs="+", default=[1, 16], help="parts of the update, with each lag")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32768], help="tokens of the learner's rows, rising")
     parser.add_argument("--oversubscription", type=int, default=4, help="episodes in flight for each slot")
     parser.add_argument("--questions", type=int, default=256, help="of a simulated step, 16 rollouts each")
     parser.add_argument("--decode_over_floor", type=float, default=1.5, help="decode time over its bandwidth floor")
@@ -169,9 +172,9 @@ def main() -> None:
     if options.load_only:
         print(json.dumps(asyncio.run(load(options.episodes))))
         return
-    costs = sim_rollout.Costs(decode_over_floor=options.decode_over_floor)
+    costs = sim_rollout.Costs(decode_over_floor=options.decode_over_floor, rows=tuple(options.rows))
     asked = dataclasses.replace(sim_rollout.Load(), questions=options.questions)
-    reports = simulate(asked, costs, tuple(options.lags), options.oversubscription)
+    reports = simulate(asked, costs, options.lags, options.parts, options.oversubscription)
     print(table(reports))
     if options.plot:
         draw(reports, options.plot)
@@ -183,7 +186,7 @@ def main() -> None:
 
 
 def summary(reports: Mapping[str, sim_rollout.Report], loaded: Mapping[str, float]) -> dict[str, Any]:
-    """The last lag's figures, those of every lag, and the load."""
+    """The last run's figures, those of every one, and the load."""
     slowest_s = reports["lock-step"].step_s()
     runs = {
         name: {
@@ -193,8 +196,9 @@ def summary(reports: Mapping[str, sim_rollout.Report], loaded: Mapping[str, floa
         }
         for name, report in reports.items()
     }
-    last = list(runs.values())[-1]
+    name, last = list(runs.items())[-1]
     return {
+        "of": name,
         "busy_fraction": last["busy_fraction"],
         "speedup_vs_lockstep": last["speedup_vs_lockstep"],
         "load": {name: round(value, 2) for name, value in loaded.items()},

@@ -214,7 +214,7 @@ async def demonstrate(run: RunConfig, host: assemble.Host, count: int, seed: int
         sampler = ScriptedSampler([host.chat.markup(text) for text in written])
         return await episode.run(question, rollout, host.context(run, sampler, seed=0, today="2026-01-01"))
 
-    groups = await run_groups(asked, rollouts=1, run_episode=one, max_in_flight=32)
+    groups = await run_groups(asked, rollouts=1, run_episode=one, in_flight=asyncio.Semaphore(32))
     return [group.episodes[0] for group in groups]
 
 

@@ -6,7 +6,8 @@ Hours take seconds: nothing waits in real time, and the same seed gives the same
     decode     the bytes it must read (weights once a step, the cache of each sequence), times `Costs.decode_over_floor`
     prefill    its FLOPs at `plan.estimate.KERNEL_EFFICIENCY` of the peak; siblings share a prompt, a turn prefills what
                is new, and after a change of weights the whole history of an episode is prefilled again
-    learner    forward, backward and the reference's forward at `Costs.learner_mfu`, on all chips at once
+    learner    forward, backward and the reference's forward of whole micro-batches, as `Costs.learner_mfu` says, on all
+               chips at once; episodes are placed in rows by the real packer, and what rows lack is paid too
     policy     tool calls, turns and observations as in `Load`, the same for every way of scheduling
     web        log-normal latency, some of it failing after the tool's last second, as in `Load`
 """
@@ -14,11 +15,14 @@ Hours take seconds: nothing waits in real time, and the same seed gives the same
 from __future__ import annotations
 
 import asyncio
+import bisect
 import collections
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Coroutine, Iterator
+import operator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +33,12 @@ from dr_jax.model import weights
 from dr_jax.model.config import QWEN2_5
 from dr_jax.plan.estimate import KERNEL_EFFICIENCY
 from dr_jax.records import Call, Episode, Finish, Question, Role, StopReason
+from dr_jax.rollout.pack import place
 from dr_jax.rollout.scheduler import Scheduler
 
 _MODEL = QWEN2_5["7B"]
 _PARAMS = weights.count(_MODEL)
+_MULTIPLIED = _PARAMS - _MODEL.vocab_size * _MODEL.d_model  # looking a token up multiplies nothing
 _WEIGHT_BYTES = 2 * _PARAMS  # bfloat16, as the KV cache
 _KV_BYTES = 2 * 2 * _MODEL.num_layers * _MODEL.num_kv_heads * _MODEL.head_dim  # of one token
 _ATTENTION_FLOPS = 4 * _MODEL.num_layers * _MODEL.num_heads * _MODEL.head_dim  # of one token for one before it
@@ -44,7 +50,8 @@ class Costs:
 
     topology: str = "v5p:4x4x4"  # configs/deepresearcher_7b_v5p128.py
     decode_over_floor: float = 1.5  # the goal set for the engine (docs/benchmarks.md says how far it is)
-    learner_mfu: float = 0.486  # tools/plan.py for this slice at 8,192 tokens a row (docs/benchmarks.md)
+    rows: tuple[int, ...] = (32768,)  # lengths of the learner's rows, in tokens, rising
+    learner_mfu: float = 0.599  # tools/plan.py for this slice at 32,768 tokens a row (docs/benchmarks.md)
 
     @functools.cached_property
     def piece(self) -> chips.Slice:
@@ -67,11 +74,18 @@ class Costs:
         read_s = _WEIGHT_BYTES / (chip.hbm_bytes_per_s * chip.host_chips)
         return max(flops / (chip.flops_per_s * chip.host_chips * KERNEL_EFFICIENCY), read_s)
 
-    def learner_s(self, lengths: list[int]) -> float:
-        """One optimizer step on episodes of these lengths."""
-        tokens, pairs = sum(lengths), sum(length**2 / 2 for length in lengths)
-        flops = 4 * (2 * _PARAMS * tokens + _ATTENTION_FLOPS * pairs)  # forward, backward (twice that), reference
+    def learner_s(self, micro_batches: Sequence[int]) -> float:
+        """So many micro-batches of each of `rows`, all tokens of a row attended to as if it were one."""
+        flops = 0.0
+        for length, count in zip(self.rows, micro_batches, strict=True):
+            passes = 4  # forward, twice that on the way back, and the reference's forward
+            per_token = passes * (2 * _MULTIPLIED + _ATTENTION_FLOPS * length / 2)
+            flops += count * self.piece.chips * self.rows[-1] * per_token
         return flops / (self.piece.chip.flops_per_s * self.piece.chips * self.learner_mfu)
+
+    def micro_rows(self, length: int) -> int:
+        """Of `length`, those that a host brings to a micro-batch: each chip has the tokens of a longest row."""
+        return self.piece.chip.host_chips * self.rows[-1] // length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +152,7 @@ class _Sequence:
     to_prefill: int
     length: int  # tokens in the cache once prefilled
     left: int  # to draw
+    step: int  # of its episode
     done: asyncio.Future[int]
 
 
@@ -149,21 +164,23 @@ class SimulatedEngine:
     def __init__(self, costs: Costs, chips: Chips, *, slots: int) -> None:
         self._costs, self._chips, self._slots = costs, chips, slots
         self.version = 0
-        self._waiting: collections.deque[_Sequence] = collections.deque()
+        self._waiting: list[_Sequence] = []
         self._serving: list[_Sequence] = []
         self._work = asyncio.Event()
 
-    async def generate(self, kept: int, new: int, output: int) -> int:
-        """Draws `output` tokens after `kept` cached and `new` tokens; returns the version of the weights."""
-        sequence = _Sequence(new, kept + new, output, asyncio.get_running_loop().create_future())
-        self._waiting.append(sequence)
+    async def generate(self, kept: int, new: int, output: int, *, step: int = 0) -> int:
+        """Draws `output` tokens after `kept` cached and `new` tokens; returns the version of the weights.
+
+        Those of the lowest `step` come first."""
+        sequence = _Sequence(new, kept + new, output, step, asyncio.get_running_loop().create_future())
+        bisect.insort(self._waiting, sequence, key=operator.attrgetter("step"))
         self._work.set()
         return await sequence.done
 
     async def serve(self) -> None:
         while True:
             while self._waiting and len(self._serving) < self._slots:
-                self._serving.append(self._waiting.popleft())
+                self._serving.append(self._waiting.pop(0))
             if not self._serving:
                 self._work.clear()
                 await self._work.wait()
@@ -243,26 +260,22 @@ class Pod:
         self.engines = [SimulatedEngine(costs, chips, slots=slots) for chips in self.chips]
         self.report.busy = [chips.busy for chips in self.chips]
         self.meet = asyncio.Barrier(costs.hosts)
-        self._lengths: list[int] = []
+        self._lengths: list[list[int]] = [[] for _ in self.chips]  # of each host's episodes that are to be learned
+        self._placed: list[tuple[list[list[int]], ...]] = [() for _ in self.chips]
         self._prompts: set[tuple[int, str, int]] = set()
 
     def questions(self, host: int, step: int) -> list[Question]:
         each = self.load.questions // len(self.engines)
         return [Question(f"{step}/{host}/{i}", "?", ("a",)) for i in range(each)]
 
-    def new_tokens(self, host: int, question: str, context: int, new: int, kept_version: int | None) -> int:
-        """How much of the context is to be prefilled, `new` of it written since the last call."""
-        version = self.engines[host].version
-        if kept_version == version:
-            return new
-        opening = (host, question, version)
-        shared = self.load.prompt_tokens if opening in self._prompts else 0
-        self._prompts.add(opening)
-        return context - shared
-
     async def turn(self, host: int, question: str, turn: Turn, context: int, new: int, kept: int | None) -> int:
-        fresh = self.new_tokens(host, question, context, new, kept)
-        return await self.engines[host].generate(context - fresh, fresh, turn.output_tokens)
+        """Draws a turn of which `new` tokens were written since the last call, which weights `kept` drew."""
+        engine, step = self.engines[host], int(question.partition("/")[0])
+        if kept != engine.version:  # all of it is prefilled again, but for what a sibling has been here with
+            opening = (host, question, engine.version)
+            new = context - (self.load.prompt_tokens if opening in self._prompts else 0)
+            self._prompts.add(opening)
+        return await engine.generate(context - new, new, turn.output_tokens, step=step)
 
     async def episode(self, host: int, question: Question, rollout: int) -> Episode:
         calls: list[Call] = []
@@ -280,19 +293,30 @@ class Pod:
             pass
         return Episode(question, rollout, tuple(calls), (), stop)
 
-    async def learn(self, host: int, step: int, episodes: list[Episode]) -> None:
-        """One update by all hosts together, once the last of them is there."""
+    async def learn(self, host: int, step: int, episodes: list[Episode], *, last: bool = True) -> None:
+        """Some of an update, by all hosts together, once the last of them is there: as `dr_jax.update`."""
         self.report.stops.update(str(e.stop) for e in episodes)
-        self._lengths += [len(e.calls[-1].prompt) + len(e.calls[-1].output) for e in episodes if e.calls]
+        lengths = self._lengths[host]
+        lengths += [len(e.calls[-1].prompt) + len(e.calls[-1].output) for e in episodes if e.calls]
+        self._placed[host] = placed = place(lengths, rows=len(lengths), lengths=self.costs.rows)
         await self.meet.wait()
+        sizes = [self.costs.micro_rows(length) for length in self.costs.rows]
+        filled = [[len(rows) for rows in everywhere] for everywhere in zip(*self._placed, strict=True)]
+        counts = [-(-max(n) // size) if last else min(n) // size for n, size in zip(filled, sizes, strict=True)]
+        ready = [row for rows, n, size in zip(placed, counts, sizes, strict=True) for row in rows[: n * size]]
+        await self.meet.wait()
+        done = list(itertools.chain(*ready))
+        self._lengths[host] = [] if last else np.delete(lengths, done).tolist()
+        if not (any(counts) or last):
+            return
         async with self.chips[host].free:
             await self.meet.wait()
             start_s = asyncio.get_running_loop().time()
-            await self.chips[host].work(self.costs.learner_s(self._lengths), "learner")
-            self.engines[host].version = step + 1
+            await self.chips[host].work(self.costs.learner_s(counts), "learner")
+            if last:
+                self.engines[host].version = step + 1
         await self.meet.wait()
-        if host == 0:
-            self._lengths.clear()
+        if last and host == 0:
             self.report.steps.append((start_s, asyncio.get_running_loop().time()))
         await self.meet.wait()
 
@@ -309,8 +333,8 @@ class Pod:
         return self.report
 
 
-def scheduled(*, in_flight: int, max_policy_lag: int) -> Train:
-    """How a host of ours works: the real scheduler, and the training loop's order of things."""
+def scheduled(*, in_flight: int, max_policy_lag: int, parts: int = 1) -> Train:
+    """How a host of ours works: the real scheduler, and the training loop's order of things (`batch.parts`)."""
 
     async def train(pod: Pod, host: int, steps: int) -> None:
         async with Scheduler(
@@ -318,12 +342,13 @@ def scheduled(*, in_flight: int, max_policy_lag: int) -> Train:
             lambda step, question, rollout: pod.episode(host, question, rollout),
             steps=range(steps),
             rollouts=pod.load.rollouts,
-            max_in_flight=in_flight,
+            in_flight=asyncio.Semaphore(in_flight),
             max_policy_lag=max_policy_lag,
         ) as scheduler:
             for step in range(steps):
-                groups = await scheduler.take(step)
-                await pod.learn(host, step, [e for group in groups for e in group.episodes])
+                for part in range(1, parts + 1):
+                    groups = await scheduler.take(step, len(pod.questions(host, step)) // parts)
+                    await pod.learn(host, step, [e for group in groups for e in group.episodes], last=part == parts)
 
     return train
 

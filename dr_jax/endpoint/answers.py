@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dr_jax.agent.chat import Chat
-from dr_jax.endpoint.turn import FunctionCall, Piece, TurnReader
+from dr_jax.endpoint.turn import FunctionCall, Piece, TurnReader, opening
 from dr_jax.endpoint.wire import Asked, Conversation
 from dr_jax.records import Finish, Sampled
 
@@ -73,6 +73,8 @@ class Choice:
             stops=asked.sampling.stop_strings,
             stop_ids=stop_ids,
         )
+        if isinstance(source, Conversation) and source.forced is not None:
+            self._reader.feed(opening(chat, source.forced))  # of the prompt, and of the call
         self._seen = self._offset = self._calls = 0  # tokens, characters, calls that went out
         self._said_prompt = False
 

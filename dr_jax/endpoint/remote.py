@@ -21,13 +21,11 @@ from yarl import URL
 from dr_jax.endpoint.answers import version_of
 from dr_jax.errors import ConfigError, DrJaxError
 from dr_jax.records import Failure, FailureKind, Finish, Sampled, Sampling
-from dr_jax.web.http import failure_of, read_body, retry, retry_after_s
+from dr_jax.web.api import Reply, by_status, check_endpoint
+from dr_jax.web.http import failure_of, read_body, retry
 
 _MAX_ANSWER_BYTES = 64 * 2**20  # prompt log-probabilities take about 100 bytes a token
-# Nobody drew anything: asking again can help. Not after a time-out, for the server may still be at work on it.
 _RETRYABLE = frozenset({FailureKind.RATE_LIMITED, FailureKind.PROVIDER_DOWN, FailureKind.CONNECTION})
-_KINDS = {401: FailureKind.AUTH, 403: FailureKind.AUTH, 408: FailureKind.TIMEOUT, 429: FailureKind.RATE_LIMITED}
-_KINDS |= dict.fromkeys((502, 503, 504), FailureKind.PROVIDER_DOWN)
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
 
 
@@ -216,7 +214,7 @@ class RemoteSampler:
     async def _ask(self, path: str, body: dict[str, Any] | None) -> Any | Failure:
         return await retry(
             lambda: self._attempt(path, body),
-            retryable=lambda failure: failure.kind in _RETRYABLE,
+            retryable=_retryable,
             retries=4,
             backoff_s=0.5,
         )
@@ -232,7 +230,7 @@ class RemoteSampler:
                 if isinstance(data, Failure):
                     return data
                 if response.status != 200:
-                    return _refusal(response.status, data, retry_after_s(response.headers))
+                    return _refusal(Reply(response.status, response.headers, data))
                 return json.loads(data)
         except (ValueError, RecursionError):
             return Failure(FailureKind.PROTOCOL_ERROR, "the answer is not JSON")
@@ -274,16 +272,9 @@ async def open_sampler(
 
 
 def _root(url: str, api_key: str) -> URL:
-    try:
-        root = URL(url.rstrip("/").removesuffix("/v1"))
-    except ValueError:
-        root = URL()
-    if root.scheme not in ("http", "https") or not root.host:
-        raise ConfigError(f"server: got {url!r}; need an address such as http://127.0.0.1:8000/v1")
-    local = root.host in ("127.0.0.1", "::1", "localhost")
-    if api_key and root.scheme == "http" and not local:
-        raise ConfigError(f"server: {url!r} would be sent the key in the clear; use https")
-    return root
+    return check_endpoint(
+        "server", url.rstrip("/").removesuffix("/v1"), "a server such as http://127.0.0.1:8000/v1", keyed=bool(api_key)
+    )
 
 
 def _sampled(ids: Sequence[int], logps: Sequence[float], reason: str, version: int) -> Sampled:
@@ -297,12 +288,13 @@ def _error(detail: str) -> Sampled:
     return Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32), Finish.ERROR, 0, detail)
 
 
-def _refusal(status: int, data: bytes, wait_s: float | None) -> Failure:
-    kind = _KINDS.get(status, FailureKind.STATUS if status >= 500 else FailureKind.BAD_REQUEST)
-    try:
-        said = json.loads(data)
-        said = said.get("error", said)
-        said = said.get("message", "") if isinstance(said, dict) else said
-    except (ValueError, AttributeError, RecursionError):
-        said = ""
-    return Failure(kind, " ".join(f"HTTP {status} {said}".split())[:300], status, wait_s)
+def _retryable(failure: Failure) -> bool:
+    """True where nobody drew anything. After a time-out the server may still be at work on it; 500 says that it broke
+    over this very request."""
+    return failure.kind in _RETRYABLE and failure.status != 500
+
+
+def _refusal(reply: Reply) -> Failure:
+    """What the status means, with what the server says of it."""
+    said = reply.json("error.message") or reply.json("error") or reply.json("message") or ""
+    return dataclasses.replace(by_status(reply), detail=" ".join(f"HTTP {reply.status} {said}".split())[:300])

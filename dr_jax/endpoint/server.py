@@ -20,6 +20,7 @@ from aiohttp import web
 from dr_jax.agent.template import ChatTemplate
 from dr_jax.endpoint import wire
 from dr_jax.endpoint.draws import Draws, stream
+from dr_jax.endpoint.turn import opening
 from dr_jax.endpoint.wire import Asked, Conversation, Refused
 from dr_jax.errors import ConfigError
 from dr_jax.interfaces import StreamingSampler
@@ -165,6 +166,8 @@ class _Endpoint:
                     ids = self._served.template.tokens(prompt.messages, prompt.tools, begun=prompt.begun)
                 except ConfigError as mistake:
                     raise Refused(400, str(mistake), param="messages") from mistake
+                if prompt.forced is not None:
+                    ids += opening(self._chat, prompt.forced)
             else:
                 ids = self._chat.plain(prompt) if isinstance(prompt, str) else list(prompt)
             if not 0 < len(ids) < self._served.context:

@@ -22,6 +22,12 @@ class FunctionCall:
 Piece = str | FunctionCall
 
 
+def opening(chat: Chat, tool: str) -> list[int]:
+    """Ids with which a turn that must call `tool` goes on ('' = any): the model draws the rest of the call."""
+    text = f'\n{{"name": {json.dumps(tool, ensure_ascii=False)}, "arguments":' if tool else '\n{"name":'
+    return [chat.control["<tool_call>"], *chat.plain(text)]
+
+
 class TurnReader:
     """Takes token ids as they are drawn, gives text and calls as soon as they are certain.
 

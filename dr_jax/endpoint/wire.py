@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from dr_jax.errors import DrJaxError
@@ -46,11 +46,13 @@ class Refused(DrJaxError):
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A chat to be rendered by the model's template. `begun` is text that the assistant's turn starts with."""
+    """A chat to be rendered by the model's template. `begun` is text that the assistant's turn starts with;
+    `forced` the tool that it must call then: '' for any of them, None where it need not."""
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...]
     begun: str = ""
+    forced: str | None = None
 
     @property
     def tool_names(self) -> frozenset[str]:
@@ -110,15 +112,15 @@ def chat(body: Any, *, model: str, context: int) -> Asked:
     fields.whole("top_logprobs", 0, 0, 0, why="the engine has the drawn tokens' own log-probabilities alone")
     tools = _tools(fields.take("tools", []))
     choice = fields.take("tool_choice", "auto")
-    if choice not in ("auto", "none"):
-        raise _wrong("tool_choice", choice, "allowed: 'auto', 'none'; nothing forces this model to call a tool")
-    conversation = _conversation(fields, tools if choice == "auto" else ())
+    conversation = _conversation(fields, tools if choice != "none" else ())
+    forced = _forced(choice, conversation.tool_names)
+    conversation = dataclasses.replace(conversation, forced=forced)
     asked = Asked(
         prompts=(conversation,),
         sampling=fields.sampling(limit or older or context),
         choices=fields.whole("n", 1, 1, MAX_CHOICES),
         ignore_eos=fields.flag("ignore_eos"),
-        single_call=not fields.flag("parallel_tool_calls", True) and bool(conversation.tools),
+        single_call=(not fields.flag("parallel_tool_calls", True) or bool(forced)) and bool(conversation.tools),
         **fields.streaming(),
         logprobs=logprobs,
         token_ids=fields.flag("return_token_ids"),
@@ -285,6 +287,21 @@ def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
         if function.get("strict"):
             raise _wrong("tools.function.strict", True, "nothing forces this model to keep to a schema")
     return tuple(tools)
+
+
+def _forced(choice: Any, names: Collection[str]) -> str | None:
+    """`Conversation.forced`."""
+    match choice:
+        case "auto" | "none":
+            return None
+        case "required" if names:
+            return ""
+        case {"type": "function", "function": {"name": str(name)}} if name in names:
+            return name
+    raise _wrong(
+        "tool_choice", choice, "allowed: 'auto', 'none', and with tools 'required' or {'type': 'function', 'function': "
+        "{'name': one of theirs}}",
+    )  # fmt: skip
 
 
 def _list_of(kind: type, value: Any) -> bool:

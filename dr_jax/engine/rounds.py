@@ -98,11 +98,10 @@ class Rounds:
         self.serving[request] = sequence
         return True
 
-    def set_weights(self, params: Params, version: int, *, keep_pages: bool) -> None:
-        """Serves with `params`, as `placed` gave them, from now on; forgets the old ones' pages unless `keep_pages`."""
+    def set_weights(self, params: Params, version: int) -> None:
+        """Serves with `params`, as `placed` gave them, from now on; forgets the old ones' pages."""
         self._params, self.version = params, version
-        if not keep_pages:
-            self.sequences.forget()
+        self.sequences.forget()
 
     def placed(self, params: Params) -> Params:
         """A copy in the engine's dtype and layout: the learner may donate its own at once. From any thread."""

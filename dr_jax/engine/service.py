@@ -1,15 +1,16 @@
 """The engine: an asyncio face over one device thread that serves all requests together.
 
-Programs run on the device thread alone (`rounds.py`). Requests wait in a queue, first come
-first served, until a row and pages are free; whoever finishes leaves its row at once. An episode that waits for the
-web holds no row, and finds its keys and values again as long as nobody needed their place (`pages.py`). Results depend
-neither on the company a request has nor on what was reused, evicted or computed again.
+Programs run on the device thread alone (`rounds.py`). Requests wait, the lowest priority first and of equals who came
+first, until a row and pages are free; whoever finishes leaves its row at once. An episode that waits for the web holds
+no row, and finds its keys and values again as long as nobody needed their place (`pages.py`). Results depend neither on
+the company a request has nor on what was reused, evicted or computed again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
+import heapq
+import itertools
 import logging
 import queue
 import threading
@@ -38,7 +39,6 @@ class _Weights(NamedTuple):
 
     params: Params
     version: int
-    keep_pages: bool
     done: Future[None]
 
 
@@ -82,7 +82,8 @@ class Engine:
             self._rounds = Rounds(
                 config, params, mesh=mesh, rules=rules, attention=attention, decode_text=decode_text, **sizes
             )
-        self._waiting: collections.deque[Request] = collections.deque()
+        self._waiting: list[tuple[int, int, Request]] = []  # a heap: priority, arrival
+        self._arrivals = itertools.count()
         self._inbox: queue.SimpleQueue[Request | _Weights | None] = queue.SimpleQueue()
         self._busy_s = 0.0
         self._admission = threading.Lock()  # nothing enters the inbox once `_closed` says why
@@ -144,14 +145,13 @@ class Engine:
             request.resolve(Finish.ERROR, self._rounds.version, wrong)
         return await request.future
 
-    def set_weights(self, params: Params, version: int, *, keep_pages: bool = False) -> None:
+    def set_weights(self, params: Params, version: int) -> None:
         """Returns once the engine holds its own copy of `params`, resharded on device; later samples carry `version`.
 
         The copy is made in the calling thread while samples are drawn, which takes memory for both; it takes effect
-        between two rounds. Sequences in flight go on with the keys and values they have. What is kept for later
-        sequences is forgotten, unless `keep_pages`: then an episode goes on from keys and values of older weights, as
-        a rollout carried over an update does. Blocks for a round, so call it outside the event loop; every leaf must
-        be addressable here. Raises `ConfigError` for weights of another model.
+        between two rounds. Sequences in flight go on with the keys and values they have; what is kept for later
+        sequences is forgotten, so that none begins with what older weights made. Blocks for a round, so call it outside
+        the event loop; every leaf must be addressable here. Raises `ConfigError` for weights of another model.
         """
         if self._closed:
             raise DrJaxError(self._closed)
@@ -159,7 +159,7 @@ class Engine:
         with self._admission:
             if self._closed:
                 raise DrJaxError(self._closed)
-            self._inbox.put(_Weights(params, version, keep_pages, done))
+            self._inbox.put(_Weights(params, version, done))
         done.result()
 
     def stats(self) -> dict[str, float]:
@@ -224,12 +224,13 @@ class Engine:
             self._busy_s += time.monotonic() - started_s
 
     def _admit(self) -> None:
-        self._waiting.extendleft(reversed(self._rounds.set_back))
-        self._rounds.set_back.clear()
-        while self._waiting:
-            if not self._waiting[0].cancelled and not self._rounds.admit(self._waiting[0]):
+        """Serves whoever there is room for: those that were set back, then by priority, then by arrival."""
+        first, then = self._rounds.set_back, self._waiting
+        while first or then:
+            request = first[0] if first else then[0][-1]
+            if not request.cancelled and not self._rounds.admit(request):
                 break
-            self._waiting.popleft()
+            first.pop(0) if first else heapq.heappop(then)
 
     def _take_in(self) -> bool:
         """False once the engine is to close. Sleeps while there is nothing to do."""
@@ -238,14 +239,15 @@ class Engine:
                 case None:
                     return False
                 case _Weights() as weights:
-                    self._rounds.set_weights(weights.params, weights.version, keep_pages=weights.keep_pages)
+                    self._rounds.set_weights(weights.params, weights.version)
                     weights.done.set_result(None)
                 case request:
-                    self._waiting.append(request)
+                    priority = request.sampling.priority if request.sampling else 0
+                    heapq.heappush(self._waiting, (priority, next(self._arrivals), request))
         return True
 
     def _abandon(self, reason: str) -> None:
-        left = [*self._rounds.serving, *self._rounds.set_back, *self._waiting]
+        left = [*self._rounds.serving, *self._rounds.set_back, *(request for *_, request in self._waiting)]
         self._rounds.serving.clear()
         self._waiting.clear()
         while not self._inbox.empty():

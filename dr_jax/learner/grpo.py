@@ -168,7 +168,8 @@ def grpo_terms(
 def k3(delta_bt: jax.Array) -> jax.Array:
     """exp(delta) - delta - 1, at most 10 nats: an unbiased KL(p || q) for delta = q_logp - p_logp of what p drew."""
     delta_bt = jnp.clip(delta_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    return jnp.minimum(jnp.exp(delta_bt) - delta_bt - 1.0, _MAX_KL)
+    # exp() - 1 would round to less than 0 where delta is small, which is nearly everywhere.
+    return jnp.clip(jnp.expm1(delta_bt) - delta_bt, 0.0, _MAX_KL)
 
 
 def _shift(x_bt: jax.Array) -> jax.Array:

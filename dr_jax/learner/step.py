@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from dr_jax.learner.grpo import GrpoConfig, Terms, grpo_terms, token_logps
 from dr_jax.learner.optim import OptimConfig, adamw, learning_rate
 from dr_jax.learner.sft import sft_terms
 from dr_jax.learner.state import TrainState, state_shardings
+from dr_jax.model import weights
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.letters import Rules, axes_of, spec
 from dr_jax.model.weights import Params
@@ -27,6 +29,25 @@ LOSSES = {"grpo": grpo_terms, "sft": sft_terms}
 Metrics = dict[str, jax.Array]
 Batch = PackedBatch | Sequence[PackedBatch]  # several: of rows of other lengths
 TermsOf = Callable[[Params, Params | None, PackedBatch], Terms]
+Sums = tuple[Terms, Params]  # terms and gradient of their loss numerator over some rows, all f32
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """One optimizer step: called, `(state, ref_params, batch) -> (state, metrics)`, one program; `state` is donated,
+    metrics are f32 scalars.
+
+    Or in parts, while other rows are still being made: `nothing`, to which each part is `add`ed, then one `update`.
+    That is the same step, but for the order of sums. All of them are jitted.
+    """
+
+    whole: Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]
+    nothing: Callable[[], Sums]
+    add: Callable[[TrainState, Params | None, Batch, Sums], Sums]  # the sums are donated
+    update: Callable[[TrainState, Sums], tuple[TrainState, Metrics]]  # the state is donated
+
+    def __call__(self, state: TrainState, ref_params: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
+        return self.whole(state, ref_params, batch)
 
 
 def put_batch(batch: PackedBatch, mesh: Mesh, rules: Rules) -> PackedBatch:
@@ -58,13 +79,12 @@ def make_train_step(
     kernel: str = "blocks",
     chunk: int = 512,
     compiler: Mapping[str, Any] | None = None,
-) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
-    """A jitted `step(state, ref_params, batch) -> (state, metrics)`; `state` is donated, metrics are f32 scalars.
-
-    Gradients are summed over micro-batches of `micro_rows` rows and divided once by the weight of the global batch, so
-    neither the split into rows nor into micro-batches changes them. Rows without trained tokens sort to the end and are
-    never computed; the number of micro-batches is traced, so one compilation serves every fill. `batch` may be several,
-    of rows of other lengths: then a micro-batch of each has as many tokens as `micro_rows` of the longest rows.
+) -> TrainStep:
+    """The step. Gradients are summed over micro-batches of `micro_rows` rows and divided once by the weight of all
+    rows, so neither the split into rows nor into micro-batches or parts changes them. Rows without trained tokens sort
+    to the end and are never computed; the number of micro-batches is traced, so one compilation serves every fill.
+    `batch` may be several, of rows of other lengths: then a micro-batch of each has as many tokens as `micro_rows` of
+    the longest rows.
     `compiler`: options for XLA, which has to know all of them.
     A step whose loss or gradient is not finite, or which trains no token, changes nothing but `state.step`, and reports
     `step/skipped` 1. `ref_params` may be None where the KL coefficient is 0.
@@ -72,6 +92,43 @@ def make_train_step(
     _check(mesh, rules, micro_rows, loss)
     use_ref = loss == "grpo" and cfg.kl_coef > 0
     placed = state_shardings(config, optim, mesh, rules)
+    terms_of = _terms_of(config, cfg, rules, loss=loss, use_ref=use_ref, chunk=chunk, remat=remat, kernel=kernel)
+    nothing = functools.partial(_nothing, config, cfg, loss=loss, use_ref=use_ref)
+
+    def add(state: TrainState, ref_params: Params | None, batch: Batch, so_far: Sums) -> Sums:
+        if use_ref and ref_params is None:
+            raise ConfigError(f"kl_coef: {cfg.kl_coef} needs the reference model's params; pass them, or set kl_coef 0")
+        params, ref_params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), (state.params, ref_params))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            batches = (batch,) if isinstance(batch, PackedBatch) else batch
+            tokens = micro_rows * max(each.token_bt.shape[1] for each in batches)
+            for each in batches:
+                micro, used = _micro_batches(each, tokens // each.token_bt.shape[1], mesh, rules)
+                so_far = _accumulate(terms_of, params, ref_params, micro, used, placed.params, so_far)
+            return so_far
+
+    def update(state: TrainState, so_far: Sums) -> tuple[TrainState, Metrics]:
+        return _update(state, *so_far, optim, config)
+
+    def whole(state: TrainState, ref_params: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
+        return update(state, add(state, ref_params, batch, nothing()))
+
+    rows = NamedSharding(mesh, spec("bt", rules.activations))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    sums, stepped = (everywhere, placed.params), (placed, everywhere)
+    jit = functools.partial(jax.jit, compiler_options=dict(compiler or {}))
+    return TrainStep(
+        whole=jit(whole, in_shardings=(placed, None, rows), out_shardings=stepped, donate_argnames="state"),
+        nothing=jax.jit(nothing, out_shardings=sums),
+        add=jit(add, in_shardings=(placed, None, rows, sums), out_shardings=sums, donate_argnames="so_far"),
+        update=jit(update, in_shardings=(placed, sums), out_shardings=stepped, donate_argnames="state"),
+    )
+
+
+def _terms_of(
+    config: ModelConfig, cfg: GrpoConfig, rules: Rules, loss: str, use_ref: bool, chunk: int, remat: str, kernel: str
+) -> TermsOf:
+    """The loss's terms of a micro-batch."""
 
     def terms_of(params: Params, ref_params: Params | None, batch: PackedBatch) -> Terms:
         logps = functools.partial(
@@ -84,25 +141,17 @@ def make_train_step(
         ref_logp_bt = jax.lax.stop_gradient(logps(ref_params)[0]) if use_ref else None
         return LOSSES[loss](logp_bt, entropy_bt, ref_logp_bt, batch, cfg)
 
-    def step(state: TrainState, ref_params: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
-        if use_ref and ref_params is None:
-            raise ConfigError(f"kl_coef: {cfg.kl_coef} needs the reference model's params; pass them, or set kl_coef 0")
-        params, ref_params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), (state.params, ref_params))
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            batches = (batch,) if isinstance(batch, PackedBatch) else batch
-            tokens = micro_rows * max(each.token_bt.shape[1] for each in batches)
-            so_far = None
-            for each in batches:
-                micro, used = _micro_batches(each, tokens // each.token_bt.shape[1], mesh, rules)
-                so_far = _accumulate(terms_of, params, ref_params, micro, used, placed.params, so_far)
-            return _update(state, *so_far, optim, config)
+    return terms_of
 
-    rows = NamedSharding(mesh, spec("bt", rules.activations))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        step, in_shardings=(placed, None, rows), out_shardings=(placed, everywhere), donate_argnames="state",
-        compiler_options=dict(compiler or {}),
-    )  # fmt: skip
+
+def _nothing(config: ModelConfig, cfg: GrpoConfig, *, loss: str, use_ref: bool) -> Sums:
+    """The sums over no row."""
+    x_bt = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    terms = jax.eval_shape(
+        functools.partial(LOSSES[loss], cfg=cfg), x_bt, x_bt, x_bt if use_ref else None, PackedBatch.empty(1, 1)
+    )
+    shapes = terms, weights.abstract(config, jnp.float32)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
 
 
 def _check(mesh: Mesh, rules: Rules, micro_rows: int, loss: str) -> None:
@@ -148,11 +197,11 @@ def _accumulate(
     micro: PackedBatch,
     used: jax.Array,
     placed: Params,
-    so_far: tuple[Terms, Params] | None,
-) -> tuple[Terms, Params]:
-    """Terms and gradient of their loss numerator, both f32, summed over the first `used` micro-batches and `so_far`."""
+    so_far: Sums,
+) -> Sums:
+    """Terms and gradient, summed over the first `used` micro-batches and `so_far`."""
 
-    def one(i: jax.Array) -> tuple[Terms, Params]:
+    def one(i: jax.Array) -> Sums:
         batch = PackedBatch(*(x_mbt[i] for x_mbt in micro))
 
         def numerator(params: Params) -> tuple[jax.Array, Terms]:
@@ -163,14 +212,12 @@ def _accumulate(
         grads = jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(grads), placed)
         return terms, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
 
-    def body(i: jax.Array, so_far: tuple[Terms, Params]) -> tuple[Terms, Params]:
+    def body(i: jax.Array, so_far: Sums) -> Sums:
         (terms, grads), (more, more_grads) = so_far, one(i)
         maxima = jax.tree.map(jnp.maximum, terms.maxima, more.maxima)
         terms = jax.tree.map(jnp.add, terms, more)._replace(maxima=maxima)
         return terms, jax.tree.map(jnp.add, grads, more_grads)
 
-    if so_far is None:
-        so_far = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, used))
     return jax.lax.fori_loop(0, used, body, so_far)
 
 

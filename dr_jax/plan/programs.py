@@ -158,7 +158,7 @@ def programs(s: Setup) -> list[Program]:
     prefill, drawing = _paged(s, rows, chunk), _paged(s, settings.slots, 1, settings.decode_steps)
     trips = width if drawing is None else settings.decode_steps
     return [
-        Program("learner_step", step, (there.state, there.reference, there.batch), s.learner,
+        Program("learner_step", step.whole, (there.state, there.reference, there.batch), s.learner,
                 run.batch.rows // run.batch.micro_rows, attention=_attention(s)),
         Program("prefill", engine.extend, (*served, numbers(rows, width), chunks, chunks), s.engine, width,
                 scope=s.engine, paged=prefill),

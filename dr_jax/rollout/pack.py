@@ -55,7 +55,31 @@ def pack_by_length(
     all_segments: Sequence[Segment], *, rows: int, lengths: Sequence[int], optional: Sequence[Segment] = ()
 ) -> tuple[PackedBatch, ...]:
     """A batch of `rows` rows for each of `lengths` (tokens, rising), so that a short segment does not pay, in
-    attention, for a long row.
+    attention, for a long row. `place` says which goes where. Raises `BatchError` where there is no room for all."""
+    sizes = ([len(segment.token) for segment in some] for some in (all_segments, optional))
+    placed = place(next(sizes), rows=rows, lengths=lengths, optional=next(sizes))
+    return fill([*all_segments, *optional], placed, rows=rows, lengths=lengths)
+
+
+def fill(
+    all_segments: Sequence[Segment], placed: Sequence[Sequence[Sequence[int]]], *, rows: int, lengths: Sequence[int]
+) -> tuple[PackedBatch, ...]:
+    """The batches whose rows hold what `place` says; unused rows stay padding."""
+    batches = tuple(PackedBatch.empty(rows, length) for length in lengths)
+    for batch, filled in zip(batches, placed, strict=True):
+        for row, inside in enumerate(filled):
+            start = 0
+            for number in inside:
+                _write(all_segments[number], batch, row, start)
+                start += len(all_segments[number].token)
+    return batches
+
+
+def place(
+    tokens: Sequence[int], *, rows: int, lengths: Sequence[int], optional: Sequence[int] = ()
+) -> tuple[list[list[int]], ...]:
+    """For each of `lengths`, what its rows hold: the numbers of segments of so many `tokens`, counted through
+    `optional`. Rows are filled from the first on; there may be fewer than `rows`.
 
     In the order of falling length each segment goes where there is room beside others, longest rows first, and else
     into a new row of the shortest length that holds it. Those of `optional` take what room the others leave, and are
@@ -65,29 +89,31 @@ def pack_by_length(
     Raises:
       BatchError: a segment is longer than the longest row, or the segments need more rows than there are.
     """
-    batches = tuple(PackedBatch.empty(rows, length) for length in lengths)
+    placed: tuple[list[list[int]], ...] = tuple([] for _ in lengths)
     used_lb = np.zeros((len(lengths), rows), np.int64)
-    in_order = (sorted(some, key=lambda s: -len(s.token)) for some in (all_segments, optional))
-    for number, segment in enumerate(itertools.chain(*in_order)):
-        room_lb = np.asarray(lengths)[:, None] - used_lb
-        fits_lb = room_lb >= len(segment.token)
+    sizes = [*tokens, *optional]
+    numbers = range(len(tokens)), range(len(tokens), len(sizes))
+    for number in itertools.chain(*(sorted(some, key=lambda n: -sizes[n]) for some in numbers)):
+        fits_lb = np.asarray(lengths)[:, None] - used_lb >= sizes[number]
         open_lb = fits_lb & (used_lb > 0)
         open_l, fits_l = open_lb.any(1), fits_lb.any(1)
         if not fits_l.any():
-            if number >= len(all_segments):
+            if number >= len(tokens):
                 continue
             raise BatchError(
-                f"a segment of {len(segment.token)} tokens does not fit: {rows} rows of {lengths[-1]} tokens are full. "
+                f"a segment of {sizes[number]} tokens does not fit: {rows} rows of {lengths[-1]} tokens are full. "
                 "Raise config.batch.rows or config.batch.row_tokens"
             )
         which = int(np.flatnonzero(open_l)[-1]) if open_l.any() else int(np.argmax(fits_l))
         row = int(np.argmax((open_lb if open_l.any() else fits_lb)[which]))
-        _place(segment, batches[which], row, int(used_lb[which, row]))
-        used_lb[which, row] += len(segment.token)
-    return batches
+        if row == len(placed[which]):
+            placed[which].append([])
+        placed[which][row].append(number)
+        used_lb[which, row] += sizes[number]
+    return placed
 
 
-def _place(segment: Segment, batch: PackedBatch, row: int, start: int) -> None:
+def _write(segment: Segment, batch: PackedBatch, row: int, start: int) -> None:
     at = (row, slice(start, start + len(segment.token)))
     batch.segment_bt[at] = batch.segment_bt[row].max() + 1
     batch.token_bt[at] = segment.token

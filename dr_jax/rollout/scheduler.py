@@ -25,8 +25,38 @@ RunEpisode = Callable[[int, Question, int], Awaitable[Episode]]  # of a step, a 
 class Group:
     """The rollouts of one question, by rollout index."""
 
+    row: int  # the question's place in its step
     question: Question
     episodes: tuple[Episode, ...]
+
+
+class _Gathering:
+    """The episodes of one step as they end."""
+
+    def __init__(self, questions: Sequence[Question], rollouts: int) -> None:
+        self._questions, self._rollouts = questions, rollouts
+        self._rows: list[dict[int, Episode]] = [{} for _ in questions]
+        self._whole: list[int] = []  # rows, in the order in which their last episode ended
+        self.left = list(range(len(questions)))  # rows that nobody took
+
+    def add(self, row: int, episode: Episode) -> None:
+        self._rows[row][episode.rollout] = episode
+        if len(self._rows[row]) == self._rollouts:
+            self._whole.append(row)
+
+    def take(self, count: int, *, in_order: bool) -> tuple[Group, ...] | None:
+        """The first `count` groups that nobody took: in question order, or those that ended first. None before that."""
+        rows = (self.left if in_order else self._whole)[:count]
+        if len(rows) < count or not set(rows) <= set(self._whole):
+            return None
+        for row in rows:
+            self.left.remove(row)
+            self._whole.remove(row)
+        return tuple(self._group(row) for row in sorted(rows))
+
+    def _group(self, row: int) -> Group:
+        episodes, self._rows[row] = self._rows[row], {}
+        return Group(row, self._questions[row], tuple(episodes[rollout] for rollout in range(self._rollouts)))
 
 
 async def _at_once() -> None:
@@ -38,9 +68,10 @@ class Scheduler:
 
     An episode of step s starts once the sampler holds the weights of version s - `max_policy_lag`, so its oldest call
     is at most that much older than the weights it trains. Episodes start in the order of steps, questions, rollouts:
-    siblings meet in the sampler and share its prompt cache, and what the learner waits for goes first. At most
-    `max_in_flight` run, in all steps together; a waiting one costs memory only, for the sampler decides which of them
-    hold an accelerator slot. Of what has ended, at most 1 + `max_policy_lag` steps are kept for the learner.
+    siblings meet in the sampler and share its prompt cache, and what the learner waits for goes first. Each holds
+    `in_flight` while it runs, which bounds them in all steps together, and whatever else holds it, such as an
+    evaluation. A waiting one costs memory only, for the sampler decides which of them hold an accelerator slot. Of what
+    has ended, at most 1 + `max_policy_lag` steps are kept for the learner.
 
     `questions_of(step)` is asked twice and has to give the same. `admit()` is awaited before each start, and holds it
     back for as long as it does not return (say, while memory is short); those in flight go on.
@@ -53,17 +84,18 @@ class Scheduler:
         *,
         steps: range,
         rollouts: int,
-        max_in_flight: int,
+        in_flight: asyncio.Semaphore,
         max_policy_lag: int = 0,
         admit: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
         self._questions_of, self._run_episode = questions_of, run_episode
         self._steps, self._rollouts, self._lag = steps, rollouts, max_policy_lag
         self._admit = admit
-        self._in_flight = asyncio.Semaphore(max_in_flight)
+        self._in_flight = in_flight
         self._newest = steps.start - 1  # the last step whose episodes may start
         self._newer = asyncio.Event()
         self._ended: dict[int, asyncio.Queue[tuple[int, Episode] | None]] = collections.defaultdict(asyncio.Queue)
+        self._gathering: dict[int, _Gathering] = {}
         self._reported: set[str] = set()
         self._starting: asyncio.Task[None] | None = None
 
@@ -78,8 +110,11 @@ class Scheduler:
         if not self._starting.cancelled():
             self._starting.exception()  # `take` has raised it where anybody waited
 
-    async def take(self, step: int, on_episode: Callable[[Episode], None] = lambda episode: None) -> tuple[Group, ...]:
-        """The groups of `step`, in question order, once all of their episodes have ended.
+    async def take(
+        self, step: int, count: int = 0, on_episode: Callable[[Episode], None] = lambda episode: None
+    ) -> tuple[Group, ...]:
+        """The next `count` groups of `step` (0 = all that are left), in question order, once all of their episodes have
+        ended. Without lag the next ones are those of the next questions; with lag, those that end first.
 
         Says too that the sampler now draws with the weights of version `step`, which lets later steps start.
         `on_episode` sees each episode that has ended (for progress); it must not block. An episode whose oldest call
@@ -89,17 +124,19 @@ class Scheduler:
         """
         self._newest = max(self._newest, step + self._lag)
         self._newer.set()
-        questions = self._questions_of(step)
-        rows: list[dict[int, Episode]] = [{} for _ in questions]
-        for _ in range(len(questions) * self._rollouts):
+        if step not in self._gathering:
+            self._gathering[step] = _Gathering(self._questions_of(step), self._rollouts)
+        gathering = self._gathering[step]
+        count = count or len(gathering.left)
+        while (groups := gathering.take(count, in_order=not self._lag)) is None:
             row, episode = await self._next(step)
-            rows[row][episode.rollout] = self._judged(episode, step)
+            episode = self._judged(episode, step)
+            gathering.add(row, episode)
             on_episode(episode)
-        self._ended.pop(step, None)
-        return tuple(
-            Group(question, tuple(row[rollout] for rollout in range(self._rollouts)))
-            for question, row in zip(questions, rows, strict=True)
-        )
+        if not gathering.left:
+            del self._gathering[step]
+            self._ended.pop(step, None)
+        return groups
 
     async def _next(self, step: int) -> tuple[int, Episode]:
         ended = self._ended[step]
@@ -159,7 +196,7 @@ async def run_groups(
     *,
     rollouts: int,
     run_episode: Callable[[Question, int], Awaitable[Episode]],
-    max_in_flight: int,
+    in_flight: asyncio.Semaphore,
     admit: Callable[[], Awaitable[None]] = _at_once,
     on_episode: Callable[[Episode], None] = lambda episode: None,
 ) -> tuple[Group, ...]:
@@ -169,10 +206,10 @@ async def run_groups(
         lambda step, question, rollout: run_episode(question, rollout),
         steps=range(1),
         rollouts=rollouts,
-        max_in_flight=max_in_flight,
+        in_flight=in_flight,
         admit=admit,
     ) as scheduler:
-        return await scheduler.take(0, on_episode)
+        return await scheduler.take(0, on_episode=on_episode)
 
 
 def check_health(groups: Sequence[Group], *, max_infra_fraction: float) -> None:

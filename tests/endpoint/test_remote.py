@@ -214,6 +214,16 @@ async def test_asking_again_where_it_can_help(engine, status, asked):
 
 
 @pytest.mark.parametrize(
+    "body", ['{"error": "why"}', '{"object": "error", "message": "why"}', '{"error": {"message": "why", "code": 400}}']
+)
+async def test_what_a_server_says_of_an_error_is_passed_on(engine, body):
+    foreign = Foreign(engine)
+    async with foreign.running() as url, open_sampler(url) as sampler:
+        foreign.faults = [web.Response(status=400, text=body)]
+        assert (await sampler.generate(PROMPT, GREEDY)).detail == "server: bad_request: HTTP 400 why"
+
+
+@pytest.mark.parametrize(
     ("answer", "words"),
     [
         ("[", "protocol_error: the answer is not JSON"),
@@ -242,8 +252,9 @@ async def test_a_server_that_does_not_answer_in_time(sampler, engine):
     ("url", "how", "words"),
     [
         ("http://models.example/v1", dict(api_key="k"), "the key in the clear; use https"),
-        ("models.example", {}, "need an address such as"),
-        ("ftp://models.example", {}, "need an address such as"),
+        ("http://models.example/v1", {}, "anybody on the way could change the results; use https"),
+        ("models.example", {}, "such as http://127.0.0.1:8000/v1 needs an http.s. URL"),
+        ("ftp://models.example", {}, "needs an http.s. URL"),
         ("http://127.0.0.1", dict(wire="grpc"), "allowed: completions, sglang"),
     ],
 )

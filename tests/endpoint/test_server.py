@@ -83,6 +83,24 @@ async def test_a_research_turn_by_tool_calls(client):
     assert "Dorvel Tallorn" in (second.choices[0].message.content or str(second.choices[0].message.tool_calls))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "browse_webpage"}}])
+async def test_a_tool_that_must_be_called_is_called(client, choice, stream):
+    """Without its usual thoughts, and where it would have searched."""
+    how = dict(model="world", messages=MESSAGES, tools=BEGUN["tools"], tool_choice=choice, temperature=0)
+    answer = await client.chat.completions.create(**how, stream=stream)
+    if stream:
+        parts = [part async for chunk in answer for part in chunk.choices]
+        reason, text = parts[-1].finish_reason, "".join(part.delta.content or "" for part in parts)
+        (call,) = [call for part in parts for call in part.delta.tool_calls or []]
+    else:
+        reason, text = answer.choices[0].finish_reason, answer.choices[0].message.content or ""
+        (call,) = answer.choices[0].message.tool_calls
+    assert (reason, text) == ("tool_calls", "")
+    assert call.function.name == ("browse_webpage" if isinstance(choice, dict) else "web_search")
+    assert isinstance(json.loads(call.function.arguments), dict)
+
+
 async def test_without_tools_the_call_is_text(client):
     left_out = await client.chat.completions.create(model="world", temperature=0, **BEGUN | {"tool_choice": "none"})
     assert left_out.choices[0].message.tool_calls is None

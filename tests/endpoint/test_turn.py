@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dr_jax.agent.chat import Chat
-from dr_jax.endpoint.turn import FunctionCall, TurnReader
+from dr_jax.endpoint.turn import FunctionCall, TurnReader, opening
 from dr_jax.testing import byte_tokenizer
 
 CHAT = Chat.of(byte_tokenizer())
@@ -44,6 +44,11 @@ def test_every_piece_is_whole_characters(text, step):
     pieces = [piece for start in range(0, len(ids), step) for piece in reader.feed(ids[start : start + step])]
     assert "�" not in "".join(pieces) or "�" in text
     assert "".join([*pieces, *reader.end()]) == CHAT.decode(ids)
+
+
+@pytest.mark.parametrize(("tool", "drawn"), [("find", ' {"q": ["a"]}}\n</tool_call>'), ("", CALL.partition(":")[2])])
+def test_a_call_that_was_opened_for_the_model_is_a_call(tool, drawn):
+    assert read([*opening(CHAT, tool), *CHAT.markup(drawn), IM_END], tools={"find"}) == [FOUND]
 
 
 def test_a_character_that_is_not_finished_is_marked():

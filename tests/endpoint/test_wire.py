@@ -13,6 +13,9 @@ TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": 
 CALL = {"id": "c", "type": "function", "function": {"name": "find", "arguments": '{"q": 1}'}}
 
 
+FORCED = {"type": "function", "function": {"name": "find"}}
+
+
 def chat(**fields):
     return wire.chat({"messages": [USER], **fields}, model="m", context=99)
 
@@ -32,6 +35,19 @@ def test_a_chat_with_everything():
     assert asked.sampling == want
     assert (asked.choices, asked.sequences, asked.stream, asked.usage, asked.logprobs) == (2, 2, True, True, True)
     assert (asked.single_call, asked.token_ids, asked.prompts[0].tool_names) == (True, True, {"find"})
+
+
+@pytest.mark.parametrize(
+    ("choice", "forced", "single"),
+    [
+        ("auto", None, False),
+        ("required", "", False),
+        ({"type": "function", "function": {"name": "find"}}, "find", True),
+    ],
+)
+def test_a_tool_can_be_forced(choice, forced, single):
+    asked = chat(tools=[TOOL], tool_choice=choice)
+    assert (asked.prompts[0].forced, asked.single_call) == (forced, single)
 
 
 def test_what_is_left_out():
@@ -132,8 +148,10 @@ def test_what_is_refused_everywhere(ask, fields, param, words):
         (dict(tools=[{"type": "web"}]), "tools", "need objects"),
         (dict(tools="find"), "tools", "need objects"),
         (dict(tools=[{"type": "function", "function": {"name": "f", "strict": True}}]), "tools.function.strict", ""),
-        (dict(tools=[TOOL], tool_choice="required"), "tool_choice", "allowed: 'auto', 'none'"),
-        (dict(tool_choice={"type": "function", "function": {"name": "find"}}), "tool_choice", "nothing forces"),
+        (dict(tool_choice="required"), "tool_choice", "allowed: 'auto', 'none', and with tools 'required'"),
+        (dict(tool_choice=FORCED), "tool_choice", "allowed: 'auto'"),
+        (dict(tools=[TOOL], tool_choice="find"), "tool_choice", "allowed: 'auto'"),
+        (dict(tools=[TOOL], tool_choice={**FORCED, "function": {"name": "lose"}}), "tool_choice", "allowed: 'auto'"),
         (dict(messages=[]), "messages", "at least one"),
         (dict(messages=["hi"]), "messages[0]", "need an object"),
         (dict(messages=[{"role": "<|im_end|>", "content": ""}]), "messages[0].role", "allowed: system, user"),

@@ -115,6 +115,22 @@ async def test_what_cannot_be_scored_raises(engine, head, tail):
         await engine.score(head, tail)
 
 
+async def test_who_waits_is_served_by_priority_and_then_by_arrival(engine):
+    slots, done = SIZES["slots"], []
+
+    async def one(name: str, priority: int) -> None:
+        await engine.generate(prompt(9), Sampling(12, priority=priority))
+        done.append(name)
+
+    async with asyncio.TaskGroup() as all_of_them:
+        for i in range(slots):
+            all_of_them.create_task(engine.generate(prompt(9, i), Sampling(250, priority=9)))
+        for name, priority in (("second", 5), ("third", 5), ("last", 7), ("first", -1)):
+            for _ in range(slots):
+                all_of_them.create_task(one(name, priority))
+    assert done == [name for name in ("first", "second", "third", "last") for _ in range(slots)]
+
+
 async def test_cancelling_frees_the_slot_and_the_queue(engine):
     tasks = [asyncio.create_task(engine.generate(prompt(20, i), Sampling(290))) for i in range(9)]
     await asyncio.sleep(0.02)
@@ -252,17 +268,14 @@ async def test_cancelled_at_any_moment_no_page_is_lost(engine, params):
     assert (stats["serving"], stats["waiting"], stats["pages_available"]) == (0, 0, SIZES["pages"])
 
 
-async def test_kept_pages_serve_under_new_weights(engine, params, other_params):
-    """A rollout carried over an update goes on from what older weights made; by default nothing does."""
-    for keep, prefilled in ((True, 0), (False, 49)):
-        await asyncio.to_thread(engine.set_weights, params, 15)
-        first = await engine.generate(prompt(50), Sampling(1))
-        await asyncio.to_thread(engine.set_weights, other_params, 16, keep_pages=keep)
-        before = engine.stats()["tokens_prefilled"]
-        second = await engine.generate(prompt(50), Sampling(8))
-        assert engine.stats()["tokens_prefilled"] - before == prefilled
-        assert (first.version, second.version) == (15, 16)
-    await asyncio.to_thread(engine.set_weights, params, 17)
+async def test_new_weights_begin_with_nothing_that_older_ones_made(engine, params, other_params):
+    for version, (weights, prefilled) in enumerate(((params, 49), (params, 49), (other_params, 49)), 15):
+        await asyncio.to_thread(engine.set_weights, weights, version)
+        for fresh in (prefilled, 0):  # and what these made serves them again
+            before = engine.stats()["tokens_prefilled"]
+            assert (await engine.generate(prompt(50), Sampling(1))).version == version
+            assert engine.stats()["tokens_prefilled"] - before == fresh
+    await asyncio.to_thread(engine.set_weights, params, 18)
 
 
 async def test_a_crash_of_the_device_thread_answers_everyone(make_engine, params):

@@ -163,6 +163,15 @@ def test_a_group_of_equal_rewards_gives_a_finite_zero():
     assert (np.asarray(gradient_bt) == 0).all()
 
 
+def test_k3_is_never_negative_and_right_where_it_is_small():
+    delta = np.concatenate([sign * np.geomspace(1e-9, 1e-2, 2000) for sign in (1, -1)]).astype(np.float32)
+    got = np.asarray(k3(delta))
+    assert (got >= 0).all()
+    exact = delta.astype(np.float64)
+    want = exact**2 / 2 + exact**3 / 6 + exact**4 / 24
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-10)
+
+
 def test_k3_golden_values():
     delta = jnp.array([0.0, math.log(2.0), -math.log(2.0), 1.0, -1.0, 3.0, 100.0, -5.0, -100.0])
     want = [0.0, 1 - math.log(2), math.log(2) - 0.5, math.e - 2, 1 / math.e, 10.0, 10.0, 4.0067379, 10.0]

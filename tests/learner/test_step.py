@@ -69,7 +69,7 @@ def test_row_order_packing_and_padding_change_nothing(run, batch, segments, pack
 def test_one_compilation_serves_every_fill(run, make_step, segments, pack_rows, mesh):
     for count in (1, 3, 8):
         run(pack_rows([[segment] for segment in segments[:count]]), mesh)
-    assert make_step(mesh, 2)._cache_size() == 1
+    assert make_step(mesh, 2).whole._cache_size() == 1
 
 
 def test_rows_without_trained_tokens_are_never_computed(batch, mesh, rules):
@@ -116,6 +116,21 @@ def test_rows_of_several_lengths_are_one_step(
     rows = tuple(put_batch(each, mesh, rules) for each in (short, long))
     state, metrics = step(fresh(mesh), ref_params, rows)
     assert_same((jax.device_get(metrics), jax.device_get(state.params)), (want[0], want[2]))
+
+
+@pytest.mark.parametrize("on", ["one device", "four devices"])
+def test_parts_are_one_step(run, batch, segments, pack_rows, mesh, mesh4, make_step, fresh, ref_params, rules, on):
+    """Rows that come in parts, one of them empty: the same step, from one compilation of each program."""
+    want = run(batch, mesh)
+    there, micro_rows = (mesh, 2) if on == "one device" else (mesh4, 4)
+    step, state, sums = make_step(there, micro_rows), fresh(there), make_step(there, micro_rows).nothing()
+    for some in (segments[:3], [], segments[3:5], segments[5:]):
+        part = pack_rows([some]) if some else PackedBatch.empty(8, 32)
+        sums = step.add(state, ref_params, put_batch(part, there, rules), sums)
+    state, metrics = step.update(state, sums)
+    assert_same((jax.device_get(metrics), jax.device_get(state.params)), (want[0], want[2]))
+    assert int(state.step) == 1
+    assert step.add._cache_size() == step.update._cache_size() == 1
 
 
 @pytest.mark.parametrize("where", ["advantage", "params"])
@@ -178,6 +193,6 @@ def test_the_7b_step_traces_with_its_real_shapes(mesh4, rules):
     )
     state = abstract_state(config, OptimConfig(), mesh4, rules)
     batch = PackedBatch(*(jax.ShapeDtypeStruct((4, 1024), x.dtype) for x in PackedBatch.empty(1, 1)))
-    out, metrics = step.eval_shape(state, weights.abstract(config, "bfloat16"), batch)
+    out, metrics = step.whole.eval_shape(state, weights.abstract(config, "bfloat16"), batch)
     assert jax.tree.map(lambda leaf: leaf.shape, out.params) == jax.tree.map(lambda leaf: leaf.shape, state.params)
     assert metrics["kl"].shape == ()

@@ -40,7 +40,9 @@ async def test_above_the_watermark_nothing_starts_and_below_it_everything_does(c
             await asyncio.sleep(0.001)
 
     rolling = asyncio.create_task(
-        scheduler.run_groups(QUESTIONS, rollouts=1, run_episode=run_episode, max_in_flight=8, admit=gate.wait)
+        scheduler.run_groups(
+            QUESTIONS, rollouts=1, run_episode=run_episode, in_flight=asyncio.Semaphore(8), admit=gate.wait
+        )
     )
     with caplog.at_level(logging.WARNING):
         await turns()
@@ -67,7 +69,7 @@ async def test_memory_that_never_comes_down_slows_a_run_and_does_not_hang_it():
 
     async with asyncio.timeout(30):
         groups = await scheduler.run_groups(
-            QUESTIONS, rollouts=2, run_episode=run_episode, max_in_flight=8, admit=gate.wait
+            QUESTIONS, rollouts=2, run_episode=run_episode, in_flight=asyncio.Semaphore(8), admit=gate.wait
         )
     assert len(groups) == 8
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ async def test_groups_are_whole_and_in_question_order_whatever_finishes_first():
         return Episode(question, rollout, (CALL,), (), StopReason.ANSWERED)
 
     seen = []
-    groups = await run_groups(QUESTIONS, rollouts=3, run_episode=run, max_in_flight=100, on_episode=seen.append)
+    groups = await run_groups(
+        QUESTIONS, rollouts=3, run_episode=run, in_flight=asyncio.Semaphore(100), on_episode=seen.append
+    )
     assert [group.question.id for group in groups] == ["0", "1", "2", "3", "4"]
     assert all([e.rollout for e in group.episodes] == [0, 1, 2] for group in groups)
     assert len(seen) == 15
@@ -50,7 +53,7 @@ async def test_the_bound_on_episodes_in_flight_holds_and_is_used():
         running -= 1
         return Episode(question, rollout, (CALL,), (), StopReason.ANSWERED)
 
-    await run_groups(QUESTIONS, rollouts=4, run_episode=run, max_in_flight=7)
+    await run_groups(QUESTIONS, rollouts=4, run_episode=run, in_flight=asyncio.Semaphore(7))
     assert peak == 7
 
 
@@ -60,7 +63,7 @@ async def test_row_54_a_defect_in_one_episode_is_counted_and_the_others_go_on():
             raise ZeroDivisionError("a defect")
         return Episode(question, rollout, (CALL,), (), StopReason.ANSWERED)
 
-    groups = await run_groups(QUESTIONS, rollouts=2, run_episode=run, max_in_flight=3)
+    groups = await run_groups(QUESTIONS, rollouts=2, run_episode=run, in_flight=asyncio.Semaphore(3))
     failed = [e for group in groups for e in group.episodes if not e.trainable]
     assert [(e.question.id, e.rollout, e.stop, e.detail) for e in failed] == [
         ("2", 1, StopReason.INFRASTRUCTURE, "ZeroDivisionError: a defect")
@@ -71,7 +74,7 @@ async def test_a_defect_that_hits_every_episode_is_logged_once(caplog):
     async def run(question, rollout):
         raise ZeroDivisionError("a defect")
 
-    groups = await run_groups(QUESTIONS, rollouts=4, run_episode=run, max_in_flight=3)
+    groups = await run_groups(QUESTIONS, rollouts=4, run_episode=run, in_flight=asyncio.Semaphore(3))
     assert sum(e.detail == "ZeroDivisionError: a defect" for group in groups for e in group.episodes) == 20
     assert len(caplog.records) == 1
 
@@ -87,7 +90,7 @@ async def test_cancelling_leaves_no_episode_running():
         finally:
             ended += 1
 
-    task = asyncio.create_task(run_groups(QUESTIONS, rollouts=2, run_episode=run, max_in_flight=4))
+    task = asyncio.create_task(run_groups(QUESTIONS, rollouts=2, run_episode=run, in_flight=asyncio.Semaphore(4)))
     await turns(5)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -101,7 +104,7 @@ async def test_rows_55_and_56_a_step_with_too_many_outside_failures_is_not_train
     async def run(question, rollout):
         return Episode(question, rollout, (CALL,), (use,) if int(question.id) < 2 else (), StopReason.ANSWERED)
 
-    groups = await run_groups(QUESTIONS, rollouts=1, run_episode=run, max_in_flight=9)
+    groups = await run_groups(QUESTIONS, rollouts=1, run_episode=run, in_flight=asyncio.Semaphore(9))
     check_health(groups, max_infra_fraction=0.4)
     with pytest.raises(RolloutHalted, match="2 of 5.*quota_exhausted"):
         check_health(groups, max_infra_fraction=0.39)
@@ -141,7 +144,13 @@ def questions_of(step):
 async def train(rollouts, *, steps, lag, in_flight=100, learn_turns=20, **more):
     taken = []
     async with Scheduler(
-        questions_of, rollouts.run, steps=steps, rollouts=2, max_in_flight=in_flight, max_policy_lag=lag, **more
+        questions_of,
+        rollouts.run,
+        steps=steps,
+        rollouts=2,
+        in_flight=asyncio.Semaphore(in_flight),
+        max_policy_lag=lag,
+        **more,
     ) as scheduler:
         for step in steps:
             rollouts.version = step
@@ -166,7 +175,9 @@ async def test_episodes_start_as_early_as_the_lag_allows_and_no_earlier(lag):
 async def test_without_lag_nothing_runs_while_the_learner_works():
     rollouts, seen = Rollouts(), []
     steps = range(3)
-    async with Scheduler(questions_of, rollouts.run, steps=steps, rollouts=2, max_in_flight=9) as scheduler:
+    async with Scheduler(
+        questions_of, rollouts.run, steps=steps, rollouts=2, in_flight=asyncio.Semaphore(9)
+    ) as scheduler:
         for step in steps:
             await scheduler.take(step)
             for _ in range(20):
@@ -193,10 +204,28 @@ async def test_the_bound_on_episodes_in_flight_holds_over_all_steps():
     assert rollouts.peak == 4
 
 
+async def test_an_evaluation_beside_the_next_steps_shares_their_bound():
+    """Both get on: neither waits for the other to be done."""
+    rollouts, in_flight = Rollouts(lambda step, question, rollout: 30), asyncio.Semaphore(4)
+    async with Scheduler(
+        questions_of, rollouts.run, steps=range(9), rollouts=2, in_flight=in_flight, max_policy_lag=3
+    ) as scheduler:
+        await scheduler.take(0)
+        before = len(rollouts.started)
+        groups = await run_groups(
+            QUESTIONS, rollouts=1, run_episode=functools.partial(rollouts.run, 99), in_flight=in_flight
+        )
+    assert len(groups) == 5
+    assert rollouts.peak == 4
+    steps = [step for step, *_ in rollouts.started[before:]]
+    assert steps.index(99) < 4
+    assert any(step != 99 for step in steps[steps.index(99) :])
+
+
 async def test_what_nobody_takes_is_bounded_and_the_stopped_scheduler_leaves_nothing_behind():
     rollouts = Rollouts()
     async with Scheduler(
-        questions_of, rollouts.run, steps=range(100), rollouts=2, max_in_flight=3, max_policy_lag=2
+        questions_of, rollouts.run, steps=range(100), rollouts=2, in_flight=asyncio.Semaphore(3), max_policy_lag=2
     ) as scheduler:
         await scheduler.take(0)
         await turns(300)
@@ -211,7 +240,9 @@ async def test_row_80_an_episode_with_older_weights_than_the_lag_allows_is_dropp
         old = rollout == 1 and question.id.endswith(".0")
         return Episode(question, rollout, (first, last) if old else (last,), (), StopReason.ANSWERED)
 
-    async with Scheduler(questions_of, run, steps=range(4, 7), rollouts=2, max_in_flight=9, max_policy_lag=1) as all:
+    async with Scheduler(
+        questions_of, run, steps=range(4, 7), rollouts=2, in_flight=asyncio.Semaphore(9), max_policy_lag=1
+    ) as all:
         groups = {step: await all.take(step) for step in range(4, 7)}
     stale = {
         step: [(e.question.id, e.rollout) for group in taken for e in group.episodes if e.stop is StopReason.STALE]
@@ -230,7 +261,7 @@ async def test_row_60_a_learner_that_dies_ends_every_episode_and_is_heard():
 
     async def learn():
         async with Scheduler(
-            questions_of, rollouts.run, steps=range(9), rollouts=2, max_in_flight=4, max_policy_lag=3
+            questions_of, rollouts.run, steps=range(9), rollouts=2, in_flight=asyncio.Semaphore(4), max_policy_lag=3
         ) as scheduler:
             await scheduler.take(0)
             await turns(5)
@@ -257,7 +288,13 @@ async def test_row_60_a_scheduler_that_dies_is_heard_by_whoever_waits_for_it(ste
 
     async with asyncio.timeout(5):
         async with Scheduler(
-            questions_of, rollouts.run, steps=range(9), rollouts=2, max_in_flight=100, max_policy_lag=1, admit=admit
+            questions_of,
+            rollouts.run,
+            steps=range(9),
+            rollouts=2,
+            in_flight=asyncio.Semaphore(100),
+            max_policy_lag=1,
+            admit=admit,
         ) as scheduler:
             await scheduler.take(0)
             await turns(20)
@@ -274,8 +311,10 @@ async def test_a_progress_bar_that_breaks_is_heard():
 
     rollouts = Rollouts()
     with pytest.raises(ZeroDivisionError):
-        async with Scheduler(questions_of, rollouts.run, steps=range(1), rollouts=2, max_in_flight=4) as scheduler:
-            await scheduler.take(0, broken)
+        async with Scheduler(
+            questions_of, rollouts.run, steps=range(1), rollouts=2, in_flight=asyncio.Semaphore(4)
+        ) as scheduler:
+            await scheduler.take(0, on_episode=broken)
     assert rollouts.running == 0
 
 
@@ -290,7 +329,9 @@ async def test_a_gate_holds_starts_back_and_lets_the_running_ones_end():
             waiting.set()
             await gate.wait()
 
-    async with Scheduler(questions_of, rollouts.run, steps=range(1), rollouts=2, max_in_flight=9, admit=admit) as one:
+    async with Scheduler(
+        questions_of, rollouts.run, steps=range(1), rollouts=2, in_flight=asyncio.Semaphore(9), admit=admit
+    ) as one:
         taking = asyncio.create_task(one.take(0))
         await waiting.wait()
         await turns(20)
@@ -300,9 +341,29 @@ async def test_a_gate_holds_starts_back_and_lets_the_running_ones_end():
     assert sum(len(group.episodes) for group in groups) == 6
 
 
+@pytest.mark.parametrize(("lag", "want"), [(0, [[0, 1], [2, 3], [4]]), (1, [[3, 4], [1, 2], [0]])])
+async def test_a_step_is_taken_in_parts(lag, want):
+    """Of the next questions without lag, so that the order is the same in every run; else of those that end first."""
+
+    async def run(step, question, rollout):
+        await turns(50 - 10 * int(question.id) + 3 * rollout)
+        return Episode(question, rollout, (CALL,), (), StopReason.ANSWERED)
+
+    async with Scheduler(
+        lambda step: QUESTIONS, run, steps=range(2), rollouts=2, in_flight=asyncio.Semaphore(99), max_policy_lag=lag
+    ) as scheduler:
+        taken = [await scheduler.take(0, 2), await scheduler.take(0, 2), await scheduler.take(0)]
+        assert sorted(group.row for group in await scheduler.take(1)) == [0, 1, 2, 3, 4]
+    assert [[group.row for group in groups] for groups in taken] == want
+    assert all([e.rollout for e in group.episodes] == [0, 1] for groups in taken for group in groups)
+    assert all(group.question is QUESTIONS[group.row] for groups in taken for group in groups)
+
+
 async def test_a_step_is_taken_once():
     rollouts = Rollouts()
-    async with Scheduler(questions_of, rollouts.run, steps=range(1), rollouts=2, max_in_flight=9) as scheduler:
+    async with Scheduler(
+        questions_of, rollouts.run, steps=range(1), rollouts=2, in_flight=asyncio.Semaphore(9)
+    ) as scheduler:
         await scheduler.take(0)
         with pytest.raises(AssertionError, match="step 0 is not one of range.0, 1., or was taken before"):
             await scheduler.take(0)

@@ -33,10 +33,17 @@ def test_costs_by_hand(sim):
     # A few tokens cost what reading the weights costs; many, their FLOPs at 35% of 459 TFLOP/s.
     assert costs.prefill_s(1, 0) == pytest.approx(2 * params / (4 * 2765e9))
     assert costs.prefill_s(4096, 0) == pytest.approx(2 * params * 4096 / (4 * 459e12 * 0.35))
-    # 28 layers x 28 heads x 128, multiply and add, scores and values: 401,408 FLOPs a pair; four passes in all.
-    pairs = 100**2 / 2
-    assert costs.learner_s([100]) == pytest.approx(4 * (200 * params + 401_408 * pairs) / (4 * 459e12 * 0.5))
-    assert sim.Costs().hosts == 16
+    # A row of 32,768 for each of four chips; 28 layers x 28 heads x 128, multiply and add, scores and values: 401,408
+    # FLOPs a pair; four passes in all, and the embedding of 152,064 x 3,584 is only looked up.
+    tokens, multiplied = 4 * 32768, params - 152_064 * 3584
+    flops = 4 * tokens * (2 * multiplied + 401_408 * 32768 / 2)
+    assert costs.learner_s([3]) == pytest.approx(3 * flops / (4 * 459e12 * 0.5))
+    assert (sim.Costs().hosts, sim.Costs().micro_rows(32768)) == (16, 4)
+    # The plan of this slice says 9.88 s (docs/benchmarks.md).
+    assert sim.Costs().learner_s([1]) == pytest.approx(9.88, abs=0.01)
+    several = sim.Costs("v5p:2x2x1", rows=(8192, 32768))
+    assert several.micro_rows(8192) == 16
+    assert several.learner_s([1, 1]) < 2 * several.learner_s([0, 1])
 
 
 def test_the_load_is_what_it_says_and_the_same_whoever_asks(sim):
@@ -95,8 +102,10 @@ def test_the_schedule_changes_when_episodes_run_and_not_which(sim):
 
     marching = run(sim.lock_step)
     reports = [run(sim.scheduled(in_flight=16, max_policy_lag=lag), lag) for lag in (0, 1)]
-    assert [len(report.steps) for report in (marching, *reports)] == [9, 9, 11]
-    assert all(set(report.stops) == {"answered"} for report in (marching, *reports))
+    parts = run(sim.scheduled(in_flight=16, max_policy_lag=1, parts=2), 1)
+    assert [len(report.steps) for report in (marching, *reports, parts)] == [9, 9, 11, 11]
+    assert all(set(report.stops) == {"answered"} for report in (marching, *reports, parts))
+    assert parts.stops == reports[1].stops
     assert reports[0].stops["answered"] == 9 * 8 * 4
     slow_s, step_s = marching.step_s(), [report.step_s() for report in reports]
     assert slow_s > step_s[0] > step_s[1]
