@@ -98,10 +98,11 @@ find_slice() {
   need config
   [ -x "$(command -v "$python")" ] || fail "no Python with dr_jax at '$python': run '. tools/venv.sh && install -e .' first, or set PYTHON"
   local said argument settings=()
+  case "$verb" in create | resume) settings+=(--programs) ;; esac
   for argument in "${train_args[@]+"${train_args[@]}"}"; do
     case "$argument" in --config.*) settings+=("$argument") ;; esac
   done
-  said="$(PYTHONPATH=. "$python" tools/slice.py --config="$config" --accelerator_type="$accelerator_type" \
+  said="$(JAX_PLATFORMS=cpu PYTHONPATH=. "$python" tools/slice.py --config="$config" --accelerator_type="$accelerator_type" \
     "${settings[@]+"${settings[@]}"}")" || exit 2
   read -r accelerator_type runtime workers <<<"$said"
 }

@@ -2,7 +2,7 @@
 
 A `NamedTuple` of numpy arrays is a pytree for free, so the host half runs without JAX. Column t of every array speaks
 of token t; the shift by one between a token and the logits that predict it happens once, in
-`learner.grpo.token_logps`.
+`learner.grpo._ahead`.
 """
 
 from __future__ import annotations

@@ -58,6 +58,30 @@ def test_every_shipped_config_resolves(path):
             "config.mesh: data=1 x fsdp=1 x tensor=1 is 1 devices, v5e:2x2 .* has 4",
         ),
         (lambda c: c["batch"].update(micro_rows=7), "config.batch.micro_rows: 7 does not divide"),
+        (
+            lambda c: c["batch"].update(shorter_rows=(500,)),
+            "config.batch.shorter_rows: 500 does not divide config.batch.row_tokens = 2048",
+        ),
+        (
+            lambda c: c["batch"].update(shorter_rows=(1024, 512)),
+            "config.batch.shorter_rows: got .1024, 512., need rising lengths below row_tokens",
+        ),
+        (
+            lambda c: c["batch"].update(shorter_rows=(512, 512)),
+            "config.batch.shorter_rows: got .512, 512., need rising lengths below row_tokens",
+        ),
+        (
+            lambda c: c["batch"].update(shorter_rows=(4096,)),
+            "config.batch.shorter_rows: 4096 does not divide config.batch.row_tokens = 2048",
+        ),
+        (
+            lambda c: c["batch"].update(shorter_rows=(2048,)),
+            "config.batch.shorter_rows: got .2048,., need rising lengths below row_tokens",
+        ),
+        (
+            lambda c: c["batch"].update(shorter_rows=(2,)),
+            "config.batch.shorter_rows: 2 .* its micro-batch does not divide config.batch.rows",
+        ),
         (lambda c: c["batch"].update(row_tokens=64), "config.batch.row_tokens: 64 is less than config.engine.context"),
         (
             lambda c: c["rollout"].update(max_policy_lag=1),

@@ -10,6 +10,11 @@ the medians of the turns. Loss and gradient norm of both are printed, and have t
 The work: 16 rollouts of 128 + 384 tokens, a random Qwen2.5 of 6 layers and 256 channels in f32, GRPO with a KL
 coefficient of 0.04, AdamW. 'vocab32k' has a vocabulary of 32,768 instead of 4,096; 'ragged' has answers of
 log-normal lengths, which Tunix pads and we pack.
+
+    python tools/bench_step.py --scaling [--json]
+
+times the step of 'default' for more and more rows, two in a micro-batch, with a straight line through them, and the
+compiler for more and more layers.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ KL_COEF = 0.04
 # Vocabulary, ragged answers, and rows of one of our micro-batches: all 16 at once, as Tunix takes them, unless packing
 # leaves rows empty.
 CASES = {"default": (4096, False, 16), "vocab32k": (32768, False, 16), "ragged": (4096, True, 2)}
-CHUNK, REMAT = 128, "mlp"  # of our side
+CHUNK, REMAT = 1024, "mlp"  # of our side
+SCALING_ROWS, SCALING_LAYERS = (2, 4, 8, 16, 32), (2, 6, 12, 24)
 INSTALL = "bin/pip install torch==2.13.0 google-tunix==0.1.7 jax==0.10.2 flax==0.12.8"
 STEPS = 3  # of each run; the first, which compiles, comes before them
 SIZES = dict(
@@ -83,6 +89,7 @@ def ours(directory: pathlib.Path, vocabulary: int, ragged: bool, micro_rows: int
     import jax
 
     from dr_jax.learner.grpo import GrpoConfig, token_logps
+    from dr_jax.learner.head import Head
     from dr_jax.learner.optim import OptimConfig
     from dr_jax.learner.state import init_state
     from dr_jax.learner.step import make_train_step, put_batch
@@ -108,7 +115,7 @@ def ours(directory: pathlib.Path, vocabulary: int, ragged: bool, micro_rows: int
     def logps(rows: Any) -> dict[float, np.ndarray]:
         """Of the answers, by advantage, which no two rollouts share."""
         with jax.set_mesh(mesh):
-            logp_bt, _ = jax.jit(lambda p: token_logps(p, config, rows, rules=rules, chunk=CHUNK))(reference)
+            logp_bt, _ = jax.jit(lambda params: token_logps(Head(config, rules), params, rows))(reference)
         return {a: np.asarray(logp_bt)[(rows.advantage_bt == np.float32(a)) & (rows.weight_bt > 0)]
                 for a in given["advantage"].tolist()}  # fmt: skip
 
@@ -220,13 +227,71 @@ def resident_mb(field: str = "VmRSS") -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-SIDES = {"ours": ours, "tunix": tunix}
+def scaling(*_: Any) -> dict[str, Any]:
+    """CPU seconds of a step by rows, the line through them, and CPU seconds of its compilation by layers."""
+    import jax
+
+    from dr_jax.batch import PackedBatch
+    from dr_jax.learner.grpo import GrpoConfig
+    from dr_jax.learner.optim import OptimConfig
+    from dr_jax.learner.state import abstract_state, init_state
+    from dr_jax.learner.step import make_train_step, put_batch
+    from dr_jax.model import letters, weights
+    from dr_jax.model.config import ModelConfig
+
+    mesh, rules, optim = letters.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), letters.DEFAULT_RULES, OptimConfig()
+
+    def step_of(layers: int) -> tuple[ModelConfig, Callable]:
+        config = ModelConfig.from_hf(
+            SIZES | dict(model_type="qwen2", vocab_size=CASES["default"][0], num_hidden_layers=layers)
+        )
+        how = dict(optim=optim, micro_rows=2, chunk=CHUNK, remat=REMAT)
+        return config, make_train_step(config, GrpoConfig(kl_coef=KL_COEF), mesh, rules, **how)
+
+    def rows_of(count: int) -> PackedBatch:
+        token_bt = np.random.default_rng(0).integers(2, CASES["default"][0], (count, PROMPT + ANSWER), np.int32)
+        position_bt = np.broadcast_to(np.arange(token_bt.shape[1], dtype=np.int32), token_bt.shape)
+        answer_bt = (position_bt >= PROMPT).astype(np.float32)
+        one_bt = np.ones_like(answer_bt)
+        return put_batch(PackedBatch(token_bt, one_bt.astype(np.int32), position_bt, answer_bt, -9 * answer_bt, one_bt),
+                         mesh, rules)  # fmt: skip
+
+    config, step = step_of(SIZES["num_hidden_layers"])
+    reference, seconds = weights.init(config, jax.random.key(0)), {}
+    for count in SCALING_ROWS:
+        kept, rows = [init_state(reference, config, optim, mesh, rules)], rows_of(count)
+
+        def once(kept: list = kept, rows: PackedBatch = rows) -> tuple[float, float]:
+            kept[0], metrics = step(kept[0], reference, rows)
+            return float(metrics["loss"]), float(metrics["grad_norm"])
+
+        seconds[count] = measure(once, 0.0)["cpu_s"]
+    compile_s = {}
+    for layers in SCALING_LAYERS:
+        config, step = step_of(layers)
+        state = abstract_state(config, optim, mesh, rules)
+        lowered = step.lower(state, weights.abstract(config, "float32"), rows_of(SCALING_ROWS[0]))
+        started_s = time.process_time()
+        lowered.compile()
+        compile_s[layers] = time.process_time() - started_s
+    return {"cpu_s": seconds, **line_through(seconds), "compile_s": compile_s}
+
+
+def line_through(seconds: dict[int, float]) -> dict[str, float]:
+    """The line with the least relative errors: its seconds a row and at no row, and the greatest of the errors."""
+    rows, cpu_s = np.array(list(seconds)), np.array(list(seconds.values()))
+    (row_s, start_s), *_ = np.linalg.lstsq(np.stack([rows, np.ones_like(rows)], 1) / cpu_s[:, None], cpu_s / cpu_s)
+    worst = np.abs((row_s * rows + start_s) / cpu_s - 1).max()
+    return dict(row_s=float(row_s), start_s=float(start_s), worst_error=float(worst))
+
+
+SIDES = {"ours": ours, "tunix": tunix, "scaling": scaling}
 
 
 def run_side(python: str, side: str, case: str, directory: pathlib.Path) -> dict[str, float]:
     """The figures of one side, from a process of its own."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    if side == "ours":
+    if side != "tunix":
         env["PYTHONPATH"] = str(pathlib.Path(__file__).parents[1])
     command = [python, "-W", "ignore", __file__, f"--side={side}", f"--cases={case}", f"--checkpoint={directory}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -267,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vs_tunix", default="", metavar="VENV")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--scaling", action="store_true", help="cost by rows and by layers, without Tunix")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # a process of our own: one side, one case
     parser.add_argument("--checkpoint", type=pathlib.Path, help=argparse.SUPPRESS)
@@ -284,9 +350,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.side:
         print(json.dumps(SIDES[args.side](args.checkpoint, *CASES[cases[0]])))
         return 0
-    found = compare(python, cases, args.turns)
+    if args.scaling:
+        found = run_side(sys.executable, "scaling", "default", pathlib.Path())
+    else:
+        found = compare(python, cases, args.turns)
     for case, figures in found.items():
-        print(case, *(f"{name} {value:g}" for name, value in figures.items()))
+        figures = figures if isinstance(figures, dict) else {"": figures}
+        print(case, *(f"{name} {value:.4g}".strip() for name, value in figures.items()))
     if args.json:
         print(json.dumps(found))
     return 0

@@ -1,13 +1,15 @@
 """Says which TPU slice a config is for, before one is asked for: one line for `launch_tpu.sh`.
 
-    python tools/slice.py --config=configs/deepresearcher_7b_v5p128.py [--accelerator_type=v5p-128]
+    python tools/slice.py --config=configs/deepresearcher_7b_v5p128.py [--accelerator_type=v5p-128] [--programs]
 
-Prints `ACCELERATOR_TYPE RUNTIME_VERSION WORKERS`, as `gcloud compute tpus` names them. Needs no JAX and no cloud.
+Prints `ACCELERATOR_TYPE RUNTIME_VERSION WORKERS`, as `gcloud compute tpus` names them. Needs no JAX and no cloud; with
+`--programs` JAX is asked whether the network and its rows divide over the mesh, as far as the network is known here.
 """
 
 from __future__ import annotations
 
 import math
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +33,7 @@ HOST_CHIPS = 4  # of each host where a slice has several
 def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("accelerator_type", "", "The slice you have, such as v5p-128.", flag_values=values)
+    flags.DEFINE_bool("programs", False, "Also checks the mesh against the network.", flag_values=values)
     return entry.run(_say, values, about=__doc__, argv=argv)
 
 
@@ -50,7 +53,19 @@ def _say(run: RunConfig, values: flags.FlagValues) -> None:
     for field, value in (("rollout.questions", run.rollout.questions), ("batch.rows", run.batch.rows)):
         if value % workers:
             raise ConfigError(f"config.{field}: {value} do not divide over the {workers} hosts of {name}")
+    if values.programs:
+        _check_programs(run)
     print(name, RUNTIMES[piece.kind], workers)
+
+
+def _check_programs(run: RunConfig) -> None:
+    """Builds what a run would jit, from shapes alone: whatever it refuses is refused before there are chips."""
+    from dr_jax.model.config import published  # here, since they need JAX, and seconds
+    from dr_jax.plan import programs
+
+    path = pathlib.Path(run.model.path)
+    if path.exists() or published(path.name):
+        programs.programs(programs.setup(run, compiler=False))
 
 
 def accelerator_type(piece: chips.Slice) -> str:

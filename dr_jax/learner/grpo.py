@@ -1,26 +1,20 @@
 """GRPO: log-probabilities of packed rows, and the clipped loss over the tokens the policy itself wrote.
 
 Everything is aligned to the token: column t of every array speaks of token t. The shift by one between a token and the
-logits that predict it lives in `token_logps`, and nowhere else.
+logits that predict it lives in `_ahead`, and is undone in `token_logps`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from dr_jax.batch import PackedBatch
 from dr_jax.errors import ConfigError
+from dr_jax.learner.head import Head, LossOf, Terms, gradients, logps
 from dr_jax.model import attention, qwen2, splash
-from dr_jax.model.config import ModelConfig
-from dr_jax.model.letters import Rules, axes_of, constrain
 from dr_jax.model.weights import Params
 
 _MAX_LOG_RATIO = 20.0  # nats; beyond it exp() says nothing but overflow
@@ -67,49 +61,47 @@ class GrpoConfig:
             )
 
 
-class Terms(NamedTuple):
-    """Sums over some rows, all f32 scalars. Rows may be split in any way: add `loss`, `sums` and `weight`, take the
-    largest of `maxima`, and divide by `weight` once, at the end."""
-
-    loss: jax.Array
-    sums: dict[str, jax.Array]
-    maxima: dict[str, jax.Array]  # none is negative
-    weight: jax.Array
-
-
 def token_logps(
+    head: Head, params: Params, batch: PackedBatch, *, remat: str = "none", kernel: str = "blocks"
+) -> tuple[jax.Array, jax.Array]:
+    """`logp_bt` of each trained token given all before it in its segment, and `entropy_bt` of what it was drawn from.
+
+    Both f32, nats; 0 on tokens without weight. `kernel` names a row of `ATTENTION`.
+    """
+    ahead = _ahead(batch)
+    x_btd = _hidden(params, head, batch, remat, kernel)
+    logp_bt, entropy_bt = logps(head, params, x_btd, ahead.token_bt, ahead.weight_bt > 0)
+    return jnp.roll(logp_bt, 1, axis=1), jnp.roll(entropy_bt, 1, axis=1)
+
+
+def loss_gradients(
+    head: Head,
     params: Params,
-    config: ModelConfig,
     batch: PackedBatch,
+    ref_logp_bt: jax.Array | None,
+    loss_of: LossOf,
     *,
-    rules: Rules,
-    temperature: float = 1.0,
-    chunk: int = 512,
     remat: str = "none",
     kernel: str = "blocks",
-    trained_only: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """`logp_bt` of each token given all before it in its segment, and `entropy_bt` of the distribution it came from.
+) -> tuple[Terms, Params]:
+    """Terms of `loss_of` at the log-probabilities that `token_logps` speaks of, and the gradient of their loss."""
+    x_btd, backward = jax.vjp(lambda params: _hidden(params, head, batch, remat, kernel), params)
+    ref_logp_bt = None if ref_logp_bt is None else jnp.roll(ref_logp_bt, -1, axis=1)
+    terms, by_weights, by_x_btd = gradients(head, params, x_btd, _ahead(batch), ref_logp_bt, loss_of)
+    (grads,) = backward(by_x_btd)
+    return terms, grads | {name: grads[name] + by_weight for name, by_weight in by_weights.items()}
 
-    Both f32, nats, of softmax(logits / temperature); 0 on the first token of a segment and on padding. Logits exist for
-    `chunk` columns at a time and are computed again in the backward pass, so `[b, t, v]` never does. `kernel` names a
-    row of `ATTENTION`. `trained_only`: chunks in which no row of a device trains anything, such as what a page said,
-    are not computed where no device needs another for it; they give 0.
-    """
-    x_btd, _ = qwen2.forward(
-        params, config, batch.token_bt, batch.position_bt,
-        attend=ATTENTION[kernel](batch.segment_bt, rules), rules=rules, remat=remat,
-    )  # fmt: skip
-    next_token_bt = jnp.roll(batch.token_bt, -1, axis=1)  # the last column wraps around; its result is dropped
-    wanted_bt = jnp.roll(batch.weight_bt > 0, -1, axis=1) if trained_only else jnp.ones_like(next_token_bt, bool)
-    next_logp_bt, next_entropy_bt = _head(
-        params, config, x_btd, next_token_bt, wanted_bt, rules=rules, temperature=temperature, chunk=chunk
-    )
-    previous_bt = _shift(batch.segment_bt)
-    follows_bt = (batch.segment_bt == previous_bt) & (batch.segment_bt > 0)
-    logp_bt = jnp.where(follows_bt, _shift(next_logp_bt), 0.0)
-    entropy_bt = jnp.where(follows_bt, _shift(next_entropy_bt), 0.0)
-    return logp_bt, entropy_bt
+
+def _hidden(params: Params, head: Head, batch: PackedBatch, remat: str, kernel: str) -> jax.Array:
+    attend = ATTENTION[kernel](batch.segment_bt, head.rules)
+    return qwen2.forward(
+        params, head.config, batch.token_bt, batch.position_bt, attend=attend, rules=head.rules, remat=remat
+    )[0]
+
+
+def _ahead(batch: PackedBatch) -> PackedBatch:
+    """What each column predicts: the column after it. Column 0 comes round to the end, where it has no weight."""
+    return PackedBatch(*(jnp.roll(x_bt, -1, axis=1) for x_bt in batch))
 
 
 def grpo_terms(
@@ -170,99 +162,3 @@ def k3(delta_bt: jax.Array) -> jax.Array:
     delta_bt = jnp.clip(delta_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     # exp() - 1 would round to less than 0 where delta is small, which is nearly everywhere.
     return jnp.clip(jnp.expm1(delta_bt) - delta_bt, 0.0, _MAX_KL)
-
-
-def _shift(x_bt: jax.Array) -> jax.Array:
-    """What was said of the next token, moved to the token itself; column 0 becomes 0."""
-    return jnp.pad(x_bt[:, :-1], ((0, 0), (1, 0)))
-
-
-def _head(
-    params: Params,
-    config: ModelConfig,
-    x_btd: jax.Array,
-    target_bt: jax.Array,
-    wanted_bt: jax.Array,
-    *,
-    rules: Rules,
-    temperature: float,
-    chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    length = target_bt.shape[1]
-    chunk = min(chunk, length)
-    if length % chunk:
-        raise ConfigError(f"chunk: {chunk} does not divide rows of {length} tokens. Set learner.chunk to a divisor.")
-
-    # Rows stay on their chips: gathered once, summed once, the weight is never sent inside the loop over chunks.
-    rows_axes = axes_of(rules.activations["b"])
-    local_rules = dataclasses.replace(rules, activations={**rules.activations, "b": None})
-    weight = "embed" if config.tie_embeddings else "unembed"
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = math.prod(mesh.shape[axis] for axis in axes_of(rules.activations["v"])) == 1  # no collective in a branch
-
-    @functools.partial(
-        jax.shard_map,
-        axis_names=set(rows_axes),
-        in_specs=(PartitionSpec(), *(PartitionSpec(rows_axes),) * 3),
-        out_specs=PartitionSpec(rows_axes),
-        check_vma=False,
-    )
-    def local(weights: Params, x_btd: jax.Array, target_bt: jax.Array, wanted_bt: jax.Array):
-        def pick(x_bcd: jax.Array, target_bc: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits_bcv = constrain(qwen2.unembed(weights, config, x_bcd), "btv", local_rules)
-            return _pick(logits_bcv / temperature, target_bc)
-
-        def nothing(x_bcd: jax.Array, target_bc: jax.Array) -> tuple[jax.Array, jax.Array]:
-            zero_bc = jnp.zeros(target_bc.shape, jnp.float32)
-            return zero_bc, zero_bc
-
-        # Only two numbers per token outlive the forward pass; the backward pass multiplies for the logits again. Around
-        # the branch, not in it: what a branch keeps, the weight too, a scan would keep for each chunk.
-        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
-        def one_chunk(_, inputs):
-            x_bcd, target_bc, wanted_bc = inputs
-            picked = jax.lax.cond(wanted_bc.any(), pick, nothing, x_bcd, target_bc) if alone else pick(x_bcd, target_bc)
-            return None, picked
-
-        def split(array):
-            return jnp.moveaxis(array.reshape(-1, length // chunk, chunk, *array.shape[2:]), 1, 0)
-
-        _, results = jax.lax.scan(one_chunk, None, tuple(map(split, (x_btd, target_bt, wanted_bt))))
-        return tuple(jnp.moveaxis(result, 0, 1).reshape(-1, length) for result in results)
-
-    return local({weight: params[weight]}, x_btd, target_bt, wanted_bt)
-
-
-_KEPT = "normaliser"
-
-
-@jax.custom_vjp
-def _pick(logits_bcv: jax.Array, target_bc: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(log-probability of the target, entropy) of softmax(logits); the derivative is one pass over the logits."""
-    return _pick_forward(logits_bcv, target_bc)[0]
-
-
-def _pick_forward(logits_bcv, target_bc):
-    max_bc1 = logits_bcv.max(-1, keepdims=True)
-    exp_bcv = jnp.exp(logits_bcv - max_bc1)
-    sum_bc = exp_bcv.sum(-1)
-    normaliser_bc = checkpoint_name(max_bc1[..., 0] + jnp.log(sum_bc), _KEPT)
-    entropy_bc = checkpoint_name(normaliser_bc - (exp_bcv * logits_bcv).sum(-1) / sum_bc, _KEPT)
-    # A masked sum, not a gather: it stays local where the vocabulary is sharded.
-    logp_bc = jnp.where(_one_hot(logits_bcv, target_bc), logits_bcv, 0.0).sum(-1) - normaliser_bc
-    return (logp_bc, entropy_bc), (logits_bcv, target_bc, normaliser_bc, entropy_bc)
-
-
-def _pick_backward(kept, gradients):
-    logits_bcv, target_bc, normaliser_bc, entropy_bc = kept
-    by_logp_bc1, by_entropy_bc1 = (gradient[..., None] for gradient in gradients)
-    logp_bcv = logits_bcv - normaliser_bc[..., None]
-    slope_bcv = by_logp_bc1 + by_entropy_bc1 * (logp_bcv + entropy_bc[..., None])
-    return jnp.where(_one_hot(logits_bcv, target_bc), by_logp_bc1, 0.0) - jnp.exp(logp_bcv) * slope_bcv, None
-
-
-def _one_hot(logits_bcv, target_bc):
-    return jax.lax.broadcasted_iota(jnp.int32, logits_bcv.shape, 2) == target_bc[..., None]
-
-
-_pick.defvjp(_pick_forward, _pick_backward)

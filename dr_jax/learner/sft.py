@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 
 from dr_jax.batch import PackedBatch
-from dr_jax.learner.grpo import GrpoConfig, Terms
+from dr_jax.learner.grpo import GrpoConfig
+from dr_jax.learner.head import Terms
 
 
 def sft_terms(

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dr_jax.batch import PackedBatch
 from dr_jax.errors import ConfigError
-from dr_jax.learner.grpo import GrpoConfig, Terms, grpo_terms, token_logps
+from dr_jax.learner.grpo import GrpoConfig, grpo_terms, loss_gradients, token_logps
+from dr_jax.learner.head import Head, Terms
 from dr_jax.learner.optim import OptimConfig, adamw, learning_rate
 from dr_jax.learner.sft import sft_terms
 from dr_jax.learner.state import TrainState, state_shardings
@@ -28,8 +29,8 @@ LOSSES = {"grpo": grpo_terms, "sft": sft_terms}
 
 Metrics = dict[str, jax.Array]
 Batch = PackedBatch | Sequence[PackedBatch]  # several: of rows of other lengths
-TermsOf = Callable[[Params, Params | None, PackedBatch], Terms]
 Sums = tuple[Terms, Params]  # terms and gradient of their loss numerator over some rows, all f32
+GradientsOf = Callable[[Params, Params | None, PackedBatch], Sums]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,9 @@ def make_train_step(
     _check(mesh, rules, micro_rows, loss)
     use_ref = loss == "grpo" and cfg.kl_coef > 0
     placed = state_shardings(config, optim, mesh, rules)
-    terms_of = _terms_of(config, cfg, rules, loss=loss, use_ref=use_ref, chunk=chunk, remat=remat, kernel=kernel)
+    gradients_of = _gradients_of(
+        config, cfg, rules, loss=loss, use_ref=use_ref, chunk=chunk, remat=remat, kernel=kernel
+    )
     nothing = functools.partial(_nothing, config, cfg, loss=loss, use_ref=use_ref)
 
     def add(state: TrainState, ref_params: Params | None, batch: Batch, so_far: Sums) -> Sums:
@@ -104,7 +107,7 @@ def make_train_step(
             tokens = micro_rows * max(each.token_bt.shape[1] for each in batches)
             for each in batches:
                 micro, used = _micro_batches(each, tokens // each.token_bt.shape[1], mesh, rules)
-                so_far = _accumulate(terms_of, params, ref_params, micro, used, placed.params, so_far)
+                so_far = _accumulate(gradients_of, params, ref_params, micro, used, placed.params, so_far)
             return so_far
 
     def update(state: TrainState, so_far: Sums) -> tuple[TrainState, Metrics]:
@@ -125,23 +128,23 @@ def make_train_step(
     )
 
 
-def _terms_of(
+def _gradients_of(
     config: ModelConfig, cfg: GrpoConfig, rules: Rules, loss: str, use_ref: bool, chunk: int, remat: str, kernel: str
-) -> TermsOf:
-    """The loss's terms of a micro-batch."""
+) -> GradientsOf:
+    """The loss's terms and gradient over a micro-batch."""
+    head = Head(config, rules, cfg.temperature, chunk)
+    how = dict(remat=remat, kernel=kernel)
 
-    def terms_of(params: Params, ref_params: Params | None, batch: PackedBatch) -> Terms:
-        logps = functools.partial(
-            token_logps, config=config, batch=batch, rules=rules, temperature=cfg.temperature, chunk=chunk, remat=remat,
-            kernel=kernel, trained_only=True,
-        )  # fmt: skip
-        logp_bt, entropy_bt = logps(params)
+    def loss_of(logp_bt: jax.Array, entropy_bt: jax.Array, ref_logp_bt: jax.Array | None, batch: PackedBatch) -> Terms:
         if not (loss == "grpo" and cfg.entropy_coef):
             entropy_bt = jax.lax.stop_gradient(entropy_bt)
-        ref_logp_bt = jax.lax.stop_gradient(logps(ref_params)[0]) if use_ref else None
         return LOSSES[loss](logp_bt, entropy_bt, ref_logp_bt, batch, cfg)
 
-    return terms_of
+    def gradients_of(params: Params, ref_params: Params | None, batch: PackedBatch) -> tuple[Terms, Params]:
+        ref_logp_bt = token_logps(head, ref_params, batch, **how)[0] if use_ref else None
+        return loss_gradients(head, params, batch, ref_logp_bt, loss_of, **how)
+
+    return gradients_of
 
 
 def _nothing(config: ModelConfig, cfg: GrpoConfig, *, loss: str, use_ref: bool) -> Sums:
@@ -191,7 +194,7 @@ def _micro_batches(batch: PackedBatch, micro_rows: int, mesh: Mesh, rules: Rules
 
 
 def _accumulate(
-    terms_of: TermsOf,
+    gradients_of: GradientsOf,
     params: Params,
     ref_params: Params | None,
     micro: PackedBatch,
@@ -202,21 +205,13 @@ def _accumulate(
     """Terms and gradient, summed over the first `used` micro-batches and `so_far`."""
 
     def one(i: jax.Array) -> Sums:
-        batch = PackedBatch(*(x_mbt[i] for x_mbt in micro))
-
-        def numerator(params: Params) -> tuple[jax.Array, Terms]:
-            terms = terms_of(params, ref_params, batch)
-            return terms.loss, terms
-
-        (_, terms), grads = jax.value_and_grad(numerator, has_aux=True)(params)
+        terms, grads = gradients_of(params, ref_params, PackedBatch(*(x_mbt[i] for x_mbt in micro)))
         grads = jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(grads), placed)
         return terms, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
 
     def body(i: jax.Array, so_far: Sums) -> Sums:
         (terms, grads), (more, more_grads) = so_far, one(i)
-        maxima = jax.tree.map(jnp.maximum, terms.maxima, more.maxima)
-        terms = jax.tree.map(jnp.add, terms, more)._replace(maxima=maxima)
-        return terms, jax.tree.map(jnp.add, grads, more_grads)
+        return terms.plus(more), jax.tree.map(jnp.add, grads, more_grads)
 
     return jax.lax.fori_loop(0, used, body, so_far)
 

@@ -135,11 +135,11 @@ def forward(
     return RmsNorm(params["final_norm"], config.rms_eps)(x_btd), cache
 
 
-def unembed(params: Params, config: ModelConfig, x_btd: jax.Array) -> jax.Array:
-    """Logits `[b, t, v]`, f32."""
+def unembed(params: Params, config: ModelConfig, x_td: jax.Array) -> jax.Array:
+    """Logits `[..., v]` of hidden states `[..., d]`, f32."""
     if config.tie_embeddings:
-        return jnp.einsum("btd,vd->btv", x_btd, params["embed"], preferred_element_type=jnp.float32)
-    return jnp.einsum("btd,dv->btv", x_btd, params["unembed"], preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", x_td, params["embed"], preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,dv->...v", x_td, params["unembed"], preferred_element_type=jnp.float32)
 
 
 def _times(x: jax.Array, weight: jax.Array, rules: Rules, over: int = 1) -> jax.Array:

@@ -10,8 +10,9 @@ import pytest
 
 from dr_jax.batch import PackedBatch
 from dr_jax.errors import ConfigError
-from dr_jax.learner.grpo import GrpoConfig, grpo_terms, k3, token_logps
-from dr_jax.model import attention, qwen2, weights
+from dr_jax.learner.grpo import GrpoConfig, grpo_terms, k3, loss_gradients, token_logps
+from dr_jax.learner.head import Head, Terms
+from dr_jax.model import attention, qwen2
 
 PLAIN = GrpoConfig(kl_coef=0.0)
 
@@ -216,16 +217,20 @@ def naive(config, rules, mesh):
     return compute
 
 
+def everything_trained(batch: PackedBatch) -> PackedBatch:
+    follows_bt = (batch.segment_bt > 0) & (batch.position_bt > 0)
+    return batch._replace(weight_bt=follows_bt.astype(np.float32))
+
+
 @pytest.mark.parametrize(("temperature", "chunk"), [(1.0, 8), (0.7, 512)])
 def test_packed_chunked_logps_are_those_of_each_segment_alone(
     config, rules, mesh, params, segments, pack_rows, naive, temperature, chunk
 ):
     rows = [segments[:3], segments[3:5]]
-    batch = pack_rows(rows, total_rows=2)
+    batch = everything_trained(pack_rows(rows, total_rows=2))
+    head = Head(config, rules, temperature, chunk)
     with jax.set_mesh(mesh):
-        logp_bt, entropy_bt = jax.jit(
-            lambda params: token_logps(params, config, batch, rules=rules, temperature=temperature, chunk=chunk)
-        )(params)
+        logp_bt, entropy_bt = jax.jit(lambda params: token_logps(head, params, batch))(params)
         for row, packed in enumerate(rows):
             alone = [naive(params, token, temperature) for token, *_ in packed]
             logp_t, entropy_t = (np.concatenate(parts) for parts in zip(*alone, strict=True))
@@ -235,70 +240,39 @@ def test_packed_chunked_logps_are_those_of_each_segment_alone(
 
 
 def test_what_is_not_trained_is_left_out_and_changes_nothing_else(config, rules, mesh, params, segments, pack_rows):
-    batch = pack_rows([segments[:2], segments[2:4]], total_rows=2)
-    batch.weight_bt[:, 8:16] = 0  # two chunks of four columns, in both rows
-
-    def total(params, trained_only):
-        logp_bt, entropy_bt = token_logps(params, config, batch, rules=rules, chunk=4, trained_only=trained_only)
-        return (batch.weight_bt * (logp_bt + entropy_bt)).sum(), logp_bt
-
+    some = pack_rows([segments[:2], segments[2:4]], total_rows=2)
     with jax.set_mesh(mesh):
-        gradient = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)
-        (got, some_bt), (want, all_bt) = gradient(params, True), gradient(params, False)
-    trained_bt = batch.weight_bt > 0
-    np.testing.assert_allclose(some_bt[trained_bt], all_bt[trained_bt], rtol=1e-6)
-    assert (some_bt[:, 9:16] == 0).all()  # column t is told by the logits of t - 1
-    assert (all_bt[:, 9:16] != 0).any()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+        logps = jax.jit(lambda batch: token_logps(Head(config, rules, chunk=4), params, batch))
+        got, want = logps(some), logps(everything_trained(some))
+    for some_bt, all_bt in zip(got, want, strict=True):
+        np.testing.assert_allclose(some_bt, np.where(some.weight_bt > 0, all_bt, 0), rtol=1e-6)
+    assert (some.weight_bt > 0).any(1).all()
 
 
-def test_gradients_are_those_of_plain_log_softmax(config, rules, mesh, params, segments, pack_rows, naive):
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_are_those_of_plain_log_softmax(config, rules, mesh, params, segments, pack_rows, naive, tied):
+    if not tied:
+        config = dataclasses.replace(config, tie_embeddings=False)
+        params = {**params, "unembed": params["embed"].T.copy()}  # so that `naive`, which is tied, says the same
     token, *_ = segments[0]
-    batch = pack_rows([segments[:1]], total_rows=1, length=16)
+    batch = everything_trained(pack_rows([segments[:1]], total_rows=1, length=16))
     weight_t = np.linspace(-1, 1, len(token)).astype(np.float32)
+    batch = batch._replace(advantage_bt=np.pad(weight_t, (0, 3))[None], logp_bt=np.pad(weight_t[::-1], (0, 3))[None])
 
-    def ours(params):
-        logp_bt, entropy_bt = token_logps(params, config, batch, rules=rules, temperature=0.7, chunk=4)
-        return (logp_bt[0, : len(token)] * weight_t + entropy_bt[0, : len(token)] * weight_t[::-1]).sum()
+    def linear(logp_bt, entropy_bt, ref_logp_bt, batch):
+        loss = (batch.weight_bt * (batch.advantage_bt * logp_bt + batch.logp_bt * entropy_bt)).sum()
+        return Terms(loss + (batch.weight_bt * ref_logp_bt).sum(), {}, {}, batch.weight_bt.sum())
 
     def plain(params):
         logp_t, entropy_t = naive(params, token, 0.7)
         return (logp_t * weight_t + entropy_t * weight_t[::-1]).sum()
 
+    head, ref_logp_bt = Head(config, rules, temperature=0.7, chunk=4), np.arange(16, dtype=np.float32)[None]
     with jax.set_mesh(mesh):
-        got, want = jax.jit(jax.grad(ours))(params), jax.jit(jax.grad(plain))(params)
+        terms, got = jax.jit(lambda params: loss_gradients(head, params, batch, ref_logp_bt, linear))(params)
+        value, want = jax.jit(jax.value_and_grad(plain))({name: params[name] for name in params if name != "unembed"})
+    np.testing.assert_allclose(terms.loss, value + sum(range(1, len(token))), rtol=1e-5)  # each token met its own
+    assert terms.weight == len(token) - 1
+    if not tied:
+        got["embed"] += got.pop("unembed").T
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, want)
-
-
-def test_full_logits_never_exist(config, rules, mesh, segments, pack_rows):
-    batch = pack_rows([segments[:3], segments[3:6]], total_rows=2)
-    wide = dataclasses.replace(config, vocab_size=4096)  # no other array comes near 2 x 32 x 4096
-    full = 2 * 32 * wide.vocab_size
-
-    def largest(chunk: int) -> int:
-        def loss(params):
-            logp_bt, entropy_bt = token_logps(params, wide, batch, rules=rules, chunk=chunk)
-            return (logp_bt + entropy_bt).sum()
-
-        abstract = weights.abstract(wide, jnp.float32)
-        return max(sizes(jax.make_jaxpr(jax.value_and_grad(loss))(abstract).jaxpr))
-
-    with jax.set_mesh(mesh):
-        assert largest(chunk=4) < full / 2, "something as large as half of [b, t, v] is computed or kept"
-        assert largest(chunk=32) >= full, "this test no longer sees the logits at all"
-
-
-def sizes(jaxpr):
-    """Elements of every intermediate array, inside loops and branches too."""
-    for equation in jaxpr.eqns:
-        yield from (out.aval.size for out in equation.outvars)
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
-
-
-def test_chunk_must_divide_the_row(config, rules, mesh, params, segments, pack_rows):
-    batch = pack_rows([segments[:1]], total_rows=1)
-    with jax.set_mesh(mesh), pytest.raises(ConfigError, match="chunk: 5 does not divide rows of 32 tokens"):
-        jax.eval_shape(lambda params: token_logps(params, config, batch, rules=rules, chunk=5), params)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -184,6 +187,19 @@ def test_mistakes_are_refused_before_anything_runs(config, batch, fresh, mesh, m
         step(fresh(mesh), fresh(mesh).params, put_batch(batch, mesh, rules))
     with pytest.raises(ConfigError, match="kl_coef: 0.001 needs the reference model"):
         step(fresh(mesh), None, put_batch(batch, mesh, rules))
+
+
+def test_the_program_does_not_grow_with_depth(config, mesh, rules):
+    """What has to be compiled for 12 layers is what has to be for 6, operation by operation."""
+
+    def operations(layers: int) -> list[str]:
+        deep, cfg, optim = dataclasses.replace(config, num_layers=layers), GrpoConfig(), OptimConfig()
+        step = make_train_step(deep, cfg, mesh, rules, optim=optim, micro_rows=2, chunk=8, remat="attention")
+        batch = PackedBatch(*(jax.ShapeDtypeStruct((4, 32), x.dtype) for x in PackedBatch.empty(1, 1)))
+        text = step.lower(abstract_state(deep, optim, mesh, rules), weights.abstract(deep, "float32"), batch).as_text()
+        return re.findall(r"(?:stablehlo|mhlo|chlo|func|sdy)\.\w+", text)
+
+    assert operations(6) == operations(12)
 
 
 def test_the_7b_step_traces_with_its_real_shapes(mesh4, rules):

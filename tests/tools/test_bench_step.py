@@ -36,6 +36,13 @@ def test_mistakes_are_one_line(bench, capsys, tmp_path):
     assert capsys.readouterr().err.startswith(f"error: --vs_tunix: no {tmp_path}/bin/python; make it: python3 -m venv")
 
 
+def test_a_line_is_found_and_what_leaves_it_is_told(bench):
+    straight = bench.line_through({2: 0.7, 4: 1.2, 8: 2.2, 16: 4.2})
+    np.testing.assert_allclose([straight["row_s"], straight["start_s"]], [0.25, 0.2], rtol=1e-9)
+    assert straight["worst_error"] < 1e-9
+    assert bench.line_through({2: 4.0, 4: 16.0, 8: 64.0, 16: 256.0})["worst_error"] > 0.3  # grows with the square
+
+
 @pytest.mark.slow
 def test_our_side_prints_its_figures_and_packs_without_a_difference(bench, capsys):
     assert bench.main(["--cases=ragged", "--turns=1", "--json"]) == 0

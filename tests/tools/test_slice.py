@@ -43,3 +43,17 @@ def test_a_slice_is_ordered_by_its_product_name(tool, topology, name):
 def test_every_shipped_config_says_what_to_order(tool, config, said, capsys):
     assert tool.main(["slice", f"--config={ROOT / 'configs' / config}"]) == 0
     assert capsys.readouterr().out.strip() == said
+
+
+POD = f"--config={ROOT / 'configs' / 'deepresearcher_7b_v5p128.py'}"
+
+
+def test_the_programs_are_built_before_there_are_chips_where_the_network_is_known(tool, capsys):
+    assert tool.main(["slice", POD, "--programs"]) == 0
+    wrong = ["--config.mesh.fsdp=8", "--config.mesh.tensor=8", "--programs"]
+    assert tool.main(["slice", POD, *wrong]) == 2
+    assert capsys.readouterr().err.startswith("error: mesh.tensor: 28 query heads do not divide over tensor=8.")
+    assert tool.main(["slice", POD, "--config.batch.micro_rows=32", "--programs"]) == 2
+    said = "error: micro_rows: got 32, need a multiple of the 64 devices that share rows"
+    assert capsys.readouterr().err.startswith(said)
+    assert tool.main(["slice", POD, *wrong, "--config.model.path=/mnt/of_the_pod/Mine-7B"]) == 0
