@@ -138,8 +138,11 @@ def seconds(
 
 def _attention_seconds(program: Program, ops: Sequence[hlo.Op]) -> dict[str, float]:
     """Of one run of each attention kernel among `ops`, by its name there."""
-    names = {op.name: found[1] for op in ops if (found := re.match(r"splash_mqa_(fwd|dkv|dq)_", op.name))}
-    if program.attention is None or not names:
+    if program.attention is None:
+        return {}
+    known = "|".join(kernels.PRODUCTS[program.attention.kernel])
+    names = {op.name: found[0] for op in ops if (found := re.match(known, op.name))}
+    if not names:
         return {}
     scheduled = kernels.schedules(program.attention)
     once = {kind: kernels.seconds(program.attention, kind, schedule) for kind, schedule in scheduled.items()}
