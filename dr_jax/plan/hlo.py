@@ -38,7 +38,7 @@ class _Line:
     rest: str
 
     def called(self, *names: str) -> list[str]:
-        return [found for name in names for found in re.findall(rf"\b{name}=%?([\w.\-]+)", self.rest)]
+        return [found for name in names for found in re.findall(rf"\b{name}=\{{?%?([\w.\-]+)", self.rest)]
 
 
 def read(text: str, *, devices: int, dynamic_trips: int = 1) -> list[Op]:
@@ -67,7 +67,7 @@ def _walk(
                 yield from _walk(computations, branch, runs, devices, dynamic_trips, seen)
         elif kind in COLLECTIVES:
             yield _collective(line, runs, devices, overlapped=line.op.endswith("-start"))
-        elif line.op in ("fusion", "async-start"):
+        elif line.op in ("fusion", "async-start", "async-update"):  # the last: where a sparse core is given its task
             yield from _fusion(computations, line, shapes, runs, devices, seen)
         elif line.op == "custom-call" and "tpu_custom_call" in line.rest:
             yield Op("kernel", line.name, runs, _hbm_bytes(line, shapes))
@@ -84,16 +84,18 @@ def _fusion(computations, line: _Line, shapes: dict[str, str], runs: int, device
         if inner.op in COLLECTIVES and (channel is None or channel[1] not in seen):
             seen |= {channel[1]} if channel else set()  # a collective spread over several fusions counts once
             # An all-reduce of which only a part is kept is a reduce-scatter by another name, and is waited for.
-            scattered = inner.op == "all-reduce" and _size(line.shape) < _size(inner.shape)
-            whole = _collective(inner, runs, devices, overlapped=not scattered)
-            yield dataclasses.replace(whole, kind="reduce-scatter") if scattered else whole
+            scattered = line.op == "fusion" and inner.op == "all-reduce" and _size(line.shape) < _size(inner.shape)
+            op = _collective(inner, runs, devices, overlapped=not scattered)
+            if scattered:
+                op = dataclasses.replace(op, kind="reduce-scatter", hbm_bytes=op.hbm_bytes / len(op.group))
+            yield op
     if line.op == "fusion":
         matrix = any(inner.op in ("dot", "convolution") for inner in inside)
         yield Op("matrix" if matrix else "memory", line.name, runs, _hbm_bytes(line, shapes), _cycles(line))
 
 
 def _inside(computations: dict[str, list[_Line]], line: _Line) -> Iterator[_Line]:
-    for called in line.called("calls"):
+    for called in line.called("calls", "called_computations"):
         for inner in computations[called]:
             yield inner
             yield from _inside(computations, inner)

@@ -178,8 +178,8 @@ def _attention(s: Setup) -> kernels.Attention | None:
     if s.run.model.attention not in kernels.PRODUCTS:
         return None
     return kernels.Attention(
-        s.run.model.attention, s.piece.kind, s.run.batch.micro_rows // share("b"), s.run.batch.row_tokens, s.model.num_heads // share("n"),
-        s.model.num_kv_heads // share("k"), s.model.head_dim,
+        s.run.model.attention, s.piece.kind, s.run.batch.micro_rows // share("b"), s.run.batch.row_tokens,
+        s.model.num_heads // share("n"), s.model.num_kv_heads // share("k"), s.model.head_dim,
     )  # fmt: skip
 
 
