@@ -87,7 +87,7 @@ TPU = """HloModule jit_step, is_scheduled=true
 
 %task (p.4: bf16[64,64]) -> bf16[64,64] {
   %p.4 = bf16[64,64]{1,0} parameter(0)
-  ROOT %all-reduce.10 = bf16[64,64]{1,0} all-reduce(%p.4), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %all-reduce.10 = bf16[64,64]{1,0} all-reduce(%p.4), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}
 }, execution_thread="sparsecore"
 
 %prepare () -> s32[8] {
