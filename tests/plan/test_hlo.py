@@ -90,10 +90,6 @@ TPU = """HloModule jit_step, is_scheduled=true
   ROOT %all-reduce.10 = bf16[64,64]{1,0} all-reduce(%p.4), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}
 }, execution_thread="sparsecore"
 
-%prepare () -> s32[8] {
-  ROOT %p.6 = s32[8]{0} constant({...})
-}, execution_thread="sparsecore"
-
 %offloaded (p.5: bf16[64,64]) -> bf16[64,64] {
   %p.5 = bf16[64,64]{1,0} parameter(0)
   ROOT %custom-call.1 = bf16[64,64]{1,0} custom-call(%p.5), called_computations={%task}
@@ -114,8 +110,10 @@ TPU = """HloModule jit_step, is_scheduled=true
   %b.5 = (bf16[8,64]{1,0}, bf16[64,64]{1,0}) all-gather-start(%b.6), channel_id=1, replica_groups=mesh['x'=8,'y'=2]{'x'}
   %b.6 = bf16[8,64]{1,0} fusion(%b.4), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"5"}
   %b.7 = bf16[64,64]{1,0} custom-call(%b.4), custom_call_target="tpu_custom_call"
-  %b.9 = ((), (), (s32[8]{0})) async-start(), calls=%prepare
-  %b.10 = ((bf16[8]{0}), bf16[8]{0}, (s32[8]{0})) async-update(%b.9, %b.4), calls=%offloaded
+  %b.9 = ((), (), (s32[8]{0})) async-start(), calls=%offloaded
+  %b.10 = ((bf16[8]{0}), bf16[8]{0}, (s32[8]{0})) async-update(%b.9, %b.4)
+  %b.11 = bf16[8]{0} async-done(%b.10)
+  %b.12 = bf16[64,64]{1,0} all-gather-done(%b.5)
   ROOT %b.8 = (s32[], bf16[64,64]) tuple(%b.1, %b.7)
 }
 
@@ -138,7 +136,9 @@ def test_a_module_as_the_tpu_compiler_writes_it():
     assert gather.hbm_bytes == pytest.approx((square + square / 8) * 8 / 9)
     scattered = found["reduce-scatter", "all-reduce.9"]
     assert (scattered.group, scattered.hbm_bytes, scattered.overlapped) == (tuple(range(8)), square / 8, False)
+    assert ("wait", gather.handle) in found
     summed = found["all-reduce", "all-reduce.10"]
+    assert ("wait", summed.handle) in found
     assert (summed.group, summed.hbm_bytes, summed.overlapped) == (tuple(range(8)), square, True)
     assert ("kernel", "b.7") in found
 
