@@ -118,7 +118,7 @@ def _call(name, kernel, qkv, begins, more, results, scratch, begin_bt, interpret
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         out_shape=results,
-        # Where a chip has two cores, they share the kv heads.
+        # Where a chip has two cores, they share the kv heads; a single head would keep one of them busy.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=12 * t * h + _BLOCKS_BYTES,
