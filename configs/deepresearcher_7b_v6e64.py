@@ -19,6 +19,23 @@ def get_config() -> ConfigDict:
     config.engine.slots = 16  # of each host's engine
     config.engine.pages = 2048  # 3.5 GiB a chip: 8 sequences at full context, or 16 at half of it
     config.model.remat = "full"  # 7 KiB a token and layer
+    config.model.compiler.update(  # as MaxText's for v6e
+        dict(
+            xla_tpu_scoped_vmem_limit_kib=65536,  # half of the on-chip memory, for pieces that keep wider units busy
+            # Weights are gathered and gradients summed by the sparse cores, beside everything else.
+            xla_tpu_enable_sparse_core_collective_offload_all_gather=True,
+            xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=True,
+            xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=True,
+            xla_tpu_enable_sparse_core_collective_offload_all_reduce=True,
+            xla_tpu_enable_all_gather_offload_tracing=True,
+            xla_tpu_enable_reduce_scatter_offload_tracing=True,
+            xla_tpu_enable_all_reduce_offload_tracing=True,
+            xla_tpu_use_tc_device_shape_on_sc=True,
+            xla_tpu_enable_async_collective_fusion_fuse_all_gather=False,
+            xla_tpu_enable_async_collective_fusion_fuse_all_reduce=False,
+            xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=False,
+        )
+    )
     config.topology = "v6e:8x8"
     config.mesh = ConfigDict(dict(data=1, fsdp=64, tensor=1))
     #                       weights    activations

@@ -70,8 +70,10 @@ def check(run: RunConfig) -> None:
         raise ConfigError(f"config.model.remat: got {run.model.remat!r}; allowed: {', '.join(REMAT)}")
     if run.model.attention not in ATTENTION:
         raise ConfigError(f"config.model.attention: got {run.model.attention!r}; allowed: {', '.join(ATTENTION)}")
-    if run.model.attention == "splash" and jax.default_backend() != "tpu":
-        raise ConfigError("config.model.attention: 'splash' needs a TPU; set config.model.attention='blocks'")
+    if run.model.attention != "blocks" and jax.default_backend() != "tpu":
+        raise ConfigError(
+            f"config.model.attention: {run.model.attention!r} needs a TPU; set config.model.attention='blocks'"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Model:
     path: str  # Hugging Face directory; 'world' = the tiny checkpoint that comes with the embedded world
     dtype: str  # of the parameters: float32 | bfloat16
     remat: str  # a row of model.qwen2.REMAT
-    attention: str  # of the learner, a row of learner.grpo.ATTENTION: 'blocks' anywhere, 'splash' on TPUs
+    attention: str  # of the learner, a row of learner.grpo.ATTENTION: 'blocks' anywhere, 'flash', 'splash' on TPUs
     compiler: Mapping[str, Any]  # options of the TPU's compiler for the learner step, by name; {} = its own choice
 
 

@@ -140,8 +140,9 @@ def test_the_checkpoint_is_the_same_network_for_transformers(run):
         ("agent", {"preset": "nobody"}, "config.agent.preset: unknown 'nobody'; allowed: deepresearcher"),
         ("model", {"path": "/nowhere"}, "config.model.path: no Hugging Face checkpoint at /nowhere"),
         ("model", {"remat": "some"}, "config.model.remat: got 'some'; allowed: none"),
-        ("model", {"attention": "some"}, "config.model.attention: got 'some'; allowed: blocks, splash"),
+        ("model", {"attention": "some"}, "config.model.attention: got 'some'; allowed: blocks, flash, splash"),
         ("model", {"attention": "splash"}, "config.model.attention: 'splash' needs a TPU; set .*='blocks'"),
+        ("model", {"attention": "flash"}, "config.model.attention: 'flash' needs a TPU; set .*='blocks'"),
         ("questions", {"world_count": 3}, "config.questions.train: world:train holds 3 questions, fewer than"),
     ],
 )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dr_jax.batch import PackedBatch
 from dr_jax.errors import ConfigError
 from dr_jax.learner.head import Head, LossOf, Terms, gradients, logps
-from dr_jax.model import attention, qwen2, splash
+from dr_jax.model import attention, flash, qwen2, splash
 from dr_jax.model.weights import Params
 
 _MAX_LOG_RATIO = 20.0  # nats; beyond it exp() says nothing but overflow
@@ -26,8 +26,13 @@ _MAX_KL = 10.0  # nats per token, as the reference
 # update per batch the ratio is then exactly 1, and (but for `tis_cap`) nothing of the sampler reaches the parameters.
 OLD_LOGPS = ("sampler", "learner")
 
-# 'blocks': in XLA, anywhere. 'splash': the TPU's kernel, and nothing but a TPU runs it.
-ATTENTION = {"blocks": lambda segment_bt, rules: attention.packed(segment_bt), "splash": splash.packed}
+# 'blocks': in XLA, anywhere. Nothing but a TPU runs the kernels: 'flash', ours, which a v4 has no room for, and JAX's
+# 'splash'.
+ATTENTION = {
+    "blocks": lambda segment_bt, rules: attention.packed(segment_bt),
+    "flash": flash.packed,
+    "splash": splash.packed,
+}
 
 
 @dataclasses.dataclass(frozen=True)

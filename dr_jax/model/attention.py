@@ -20,7 +20,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.A
 
 KEPT = "attention_residuals"  # what the backward pass needs of the forward pass, for `qwen2.REMAT`
 _PADDING = np.iinfo(np.int32).max  # padding sorts after the segments of its row
-_MASKED = -1e30  # finite, so that no inf - inf arises; exp(_MASKED - max) is exactly 0
+MASKED = -1e30  # finite, so that no inf - inf arises; exp(MASKED - max) is exactly 0
 
 
 def packed(segment_bt: jax.Array) -> Attend:
@@ -81,7 +81,7 @@ def _scores(q_bkgth: jax.Array, k_bksh: jax.Array, segment_ibt: jax.Array, i: ja
     block = segment_ibt.shape[2]
     causal_ts = (i > j) | np.tri(block, dtype=bool)
     seen_bts = (segment_ibt[i][:, :, None] == segment_ibt[j][:, None, :]) & causal_ts[None]
-    return jnp.where(seen_bts[:, None, None], score_bkgts * q_bkgth.shape[-1] ** -0.5, _MASKED)
+    return jnp.where(seen_bts[:, None, None], score_bkgts * q_bkgth.shape[-1] ** -0.5, MASKED)
 
 
 @jax.custom_vjp
@@ -101,7 +101,7 @@ def _flash_forward(q_ibkgth, k_jbksh, v_jbksh, segment_ibt, live_p):
         return o_ibkgth.at[i].set(o_bkgth), max_ibkgt.at[i].set(max_bkgt), sum_ibkgt.at[i].set(sum_bkgt)
 
     zero_ibkgt = jnp.zeros(q_ibkgth.shape[:-1], jnp.float32)
-    start = (jnp.zeros(q_ibkgth.shape, jnp.float32), zero_ibkgt + _MASKED, zero_ibkgt)
+    start = (jnp.zeros(q_ibkgth.shape, jnp.float32), zero_ibkgt + MASKED, zero_ibkgt)
     o_ibkgth, max_ibkgt, sum_ibkgt = _visit_live(visit, start, len(q_ibkgth), live_p)
     o_ibkgth = checkpoint_name((o_ibkgth / sum_ibkgt[..., None]).astype(q_ibkgth.dtype), KEPT)
     logsum_ibkgt = checkpoint_name(max_ibkgt + jnp.log(sum_ibkgt), KEPT)

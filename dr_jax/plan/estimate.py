@@ -6,7 +6,8 @@
                 FLOPs over the peak times `KERNEL_EFFICIENCY`; of the engine's, if that is longer, what it reads over
                 HBM bandwidth times `KERNEL_BANDWIDTH`
     exposed     bytes on the wire over the links that the group of chips spans; nothing else runs meanwhile
-    overlapped  the same for collectives that run beside other work; only what outlasts all other work counts
+    overlapped  the same for collectives that run beside other work, one after another; what is waited for where the
+                schedule needs a result is exposed, and of the rest counts what outlasts all other work
 
 Nothing here has been compared with a chip.
 """
@@ -122,24 +123,35 @@ def seconds(
     chip = piece.chip
     terms = dict(matrix=0.0, memory=0.0, kernels=kernel_flops / (chip.flops_per_s * KERNEL_EFFICIENCY))
     terms |= dict(exposed=0.0, overlapped=0.0)
+    now, free, ends = 0.0, 0.0, {}  # along one run of everything: the links are one resource
     for op in ops:
         by_cycles, by_bytes = op.cycles / chip.clock_hz, op.hbm_bytes / chip.hbm_bytes_per_s
         if op.kind == "matrix":
-            terms["matrix"] += op.runs * by_cycles
+            term, took_s = "matrix", by_cycles
         elif op.kind == "memory":
-            terms["memory"] += op.runs * min(by_cycles, by_bytes)
+            term, took_s = "memory", min(by_cycles, by_bytes)
         elif op.kind == "kernel":
-            terms["kernels"] += op.runs * kernel_s.get(op.name, 0.0)
-        elif op.kind in hlo.COLLECTIVES:
-            took_s = op.runs * wire_bytes(op) / link_bytes_per_s(op.group, piece, coordinates)
-            terms["overlapped" if op.overlapped else "exposed"] += took_s
+            term, took_s = "kernels", kernel_s.get(op.name, 0.0)
+        elif op.kind == "wait":
+            term, took_s = "exposed", max(ends.pop(op.name, 0.0) - now, 0.0)
+        else:
+            term = "overlapped" if op.overlapped else "exposed"
+            took_s = wire_bytes(op) / link_bytes_per_s(op.group, piece, coordinates)
+        terms[term] += op.runs * took_s
+        if term == "overlapped":
+            free = ends[op.handle] = max(now, free) + took_s
+        else:
+            now += took_s
     return terms
 
 
 def _attention_seconds(program: Program, ops: Sequence[hlo.Op]) -> dict[str, float]:
     """Of one run of each attention kernel among `ops`, by its name there."""
-    names = {op.name: found[1] for op in ops if (found := re.match(r"splash_mqa_(fwd|dkv|dq)_", op.name))}
-    if program.attention is None or not names:
+    if program.attention is None:
+        return {}
+    known = "|".join(kernels.PRODUCTS[program.attention.kernel])
+    names = {op.name: found[0] for op in ops if (found := re.match(known, op.name))}
+    if not names:
         return {}
     scheduled = kernels.schedules(program.attention)
     once = {kind: kernels.seconds(program.attention, kind, schedule) for kind, schedule in scheduled.items()}

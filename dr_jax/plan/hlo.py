@@ -21,13 +21,14 @@ _BYTES = dict(pred=1, s8=1, u8=1, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32
 class Op:
     """One operation of the schedule. `hbm_bytes` and `cycles` are of one run, on one chip."""
 
-    kind: str  # matrix | memory | kernel | a row of COLLECTIVES
+    kind: str  # matrix | memory | kernel | a row of COLLECTIVES | wait, for the collective with this `handle`
     name: str
     runs: int
     hbm_bytes: float  # operands and results outside on-chip memory, each counted whole; of a collective: its result
     cycles: int = 0  # the compiler's estimate; 0 where it makes none (collectives, kernels, the CPU)
     group: tuple[int, ...] = ()  # of a collective: the devices that take part, as the first of them sees it
     overlapped: bool = False  # of a collective: started and awaited apart, or fused with other work
+    handle: str = ""  # of one that is awaited apart: its name there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class _Line:
     rest: str
 
     def called(self, *names: str) -> list[str]:
-        return [found for name in names for found in re.findall(rf"\b{name}=%?([\w.\-]+)", self.rest)]
+        return [found for name in names for found in re.findall(rf"\b{name}=\{{?%?([\w.\-]+)", self.rest)]
 
 
 def read(text: str, *, devices: int, dynamic_trips: int = 1) -> list[Op]:
@@ -52,7 +53,7 @@ def _walk(
     computations: dict[str, list[_Line]], name: str, runs: int, devices: int, dynamic_trips: int, seen: set[str]
 ) -> Iterator[Op]:
     lines = computations[name]
-    shapes = {line.name: line.shape for line in lines}
+    named = {line.name: line for line in lines}
     for line in lines:
         kind = line.op.removesuffix("-start")
         if line.op == "while":
@@ -66,47 +67,60 @@ def _walk(
             for branch in branches:
                 yield from _walk(computations, branch, runs, devices, dynamic_trips, seen)
         elif kind in COLLECTIVES:
-            yield _collective(line, runs, devices, overlapped=line.op.endswith("-start"))
-        elif line.op in ("fusion", "async-start"):
-            yield from _fusion(computations, line, shapes, runs, devices, seen)
+            apart = line.op.endswith("-start")
+            yield _collective(line, runs, devices, overlapped=apart, handle=line.name if apart else "")
+        elif line.op in ("fusion", "async-start", "async-update"):
+            yield from _fusion(computations, line, named, runs, devices, seen)
+        elif line.op.endswith("-done"):
+            yield Op("wait", _operands(line)[0], runs, 0.0)
         elif line.op == "custom-call" and "tpu_custom_call" in line.rest:
-            yield Op("kernel", line.name, runs, _hbm_bytes(line, shapes))
+            yield Op("kernel", line.name, runs, _hbm_bytes(line, named))
         elif line.op in ("dot", "convolution"):
-            yield Op("matrix", line.name, runs, _hbm_bytes(line, shapes), _cycles(line))
+            yield Op("matrix", line.name, runs, _hbm_bytes(line, named), _cycles(line))
         elif _cycles(line):
-            yield Op("memory", line.name, runs, _hbm_bytes(line, shapes), _cycles(line))
+            yield Op("memory", line.name, runs, _hbm_bytes(line, named), _cycles(line))
 
 
-def _fusion(computations, line: _Line, shapes: dict[str, str], runs: int, devices: int, seen: set[str]) -> Iterator[Op]:
-    inside = list(_inside(computations, line))
+def _fusion(
+    computations, line: _Line, named: dict[str, _Line], runs: int, devices: int, seen: set[str]
+) -> Iterator[Op]:
+    task = line
+    if line.rest.startswith("async-start()"):  # of a sparse core, which begins with the update
+        return
+    if line.op == "async-update":
+        task = named[_operands(line)[0]]
+    inside = list(_inside(computations, task))
     for inner in inside:
         channel = re.search(r"channel_id=(\d+)", inner.rest)
         if inner.op in COLLECTIVES and (channel is None or channel[1] not in seen):
             seen |= {channel[1]} if channel else set()  # a collective spread over several fusions counts once
             # An all-reduce of which only a part is kept is a reduce-scatter by another name, and is waited for.
-            scattered = inner.op == "all-reduce" and _size(line.shape) < _size(inner.shape)
-            whole = _collective(inner, runs, devices, overlapped=not scattered)
-            yield dataclasses.replace(whole, kind="reduce-scatter") if scattered else whole
+            scattered = line.op == "fusion" and inner.op == "all-reduce" and _size(line.shape) < _size(inner.shape)
+            handle = "" if line.op == "fusion" else line.name
+            op = _collective(inner, runs, devices, overlapped=not scattered, handle=handle)
+            if scattered:
+                op = dataclasses.replace(op, kind="reduce-scatter", hbm_bytes=op.hbm_bytes / len(op.group))
+            yield op
     if line.op == "fusion":
         matrix = any(inner.op in ("dot", "convolution") for inner in inside)
-        yield Op("matrix" if matrix else "memory", line.name, runs, _hbm_bytes(line, shapes), _cycles(line))
+        yield Op("matrix" if matrix else "memory", line.name, runs, _hbm_bytes(line, named), _cycles(line))
 
 
 def _inside(computations: dict[str, list[_Line]], line: _Line) -> Iterator[_Line]:
-    for called in line.called("calls"):
+    for called in line.called("calls", "called_computations"):
         for inner in computations[called]:
             yield inner
             yield from _inside(computations, inner)
 
 
-def _collective(line: _Line, runs: int, devices: int, *, overlapped: bool) -> Op:
+def _collective(line: _Line, runs: int, devices: int, *, overlapped: bool, handle: str) -> Op:
     kind, group = line.op.removesuffix("-start"), _group(line, devices)
     size = _size(line.shape)
     if line.op.endswith("-start") and kind == "all-gather":  # its shape is (operand, result)
         size *= len(group) / (len(group) + 1)
     elif line.op.endswith("-start") and kind == "collective-permute":
         size /= 2
-    return Op(kind, line.name, runs, size, group=group, overlapped=overlapped)
+    return Op(kind, line.name, runs, size, group=group, overlapped=overlapped, handle=handle)
 
 
 def _group(line: _Line, devices: int) -> tuple[int, ...]:
@@ -188,10 +202,14 @@ def _size(shape: str) -> float:
     return sum(_BYTES.get(dtype, 0) * math.prod(map(int, dims.split(",") if dims else ())) for dtype, dims in found)
 
 
-def _hbm_bytes(line: _Line, shapes: dict[str, str]) -> float:
+def _hbm_bytes(line: _Line, named: dict[str, _Line]) -> float:
+    read = [named[name].shape for name in _operands(line) if name in named]
+    return sum(_size(_in_hbm(shape)) for shape in (line.shape, *read))
+
+
+def _operands(line: _Line) -> list[str]:
     operands = re.match(r"[\w\-]+\(([^)]*)\)", line.rest)
-    named = re.findall(r"%([\w.\-]+)", operands[1]) if operands else []
-    return sum(_size(_in_hbm(shape)) for shape in (line.shape, *(shapes.get(name, "") for name in named)))
+    return re.findall(r"%([\w.\-]+)", operands[1]) if operands else []
 
 
 def _in_hbm(shape: str) -> str:

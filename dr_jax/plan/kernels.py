@@ -5,6 +5,7 @@ core's units are packed into bundles, one bundle a cycle. So the attention kerne
 with the compiler told to write its schedule down, and the bundles are counted as often as the grid visits them:
 
     body    what a pair of blocks (queries, keys) costs; pairs beyond the diagonal are skipped
+    masked  the same on the diagonal, in a kernel that has two bodies; each has a loop within a step of the grid
     edges   first and last work on a block that stays while the others pass
     step    what each step of the grid costs, skipped or not
 
@@ -30,10 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dr_jax.chips import CHIPS, find
-from dr_jax.model import letters, splash
+from dr_jax.model import flash, letters, splash
 
-# Products of a pair of blocks, by kernel: scores and sum; scores, dv, dp and dk; scores, dp and dq.
-PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+# Products of a pair of blocks, by `config.model.attention` and the kernel's name in the module. Those of splash: scores
+# and sum; scores, dv, dp and dk; scores, dp and dq.
+PRODUCTS = {
+    "splash": {"splash_mqa_fwd": 2, "splash_mqa_dkv": 4, "splash_mqa_dq": 3},
+    "flash": flash.PRODUCTS,
+}
+KERNELS = {"splash": splash.packed, "flash": flash.packed}
 _EDGE = 64  # bundles; a shorter region is bookkeeping of every step
 _SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 _DUMP = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles --xla_jf_dump_to="
@@ -43,6 +49,7 @@ _DUMP = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bu
 class Attention:
     """One chip's share of one attention: what decides how long its kernels take."""
 
+    kernel: str  # a row of `PRODUCTS`
     kind: str  # of chip, a row of `chips.CHIPS`
     rows: int
     length: int  # tokens
@@ -59,10 +66,11 @@ class Schedule:
     edges: int
     step: int
     steps: int
+    masked: int = 0  # of a kernel whose bodies are loops; 0 where they are not
 
 
 def schedules(attention: Attention) -> dict[str, Schedule]:
-    """The schedule of each row of `PRODUCTS`. Takes some 15 s."""
+    """The schedule of each of the kernels. Takes some 15 s."""
     with tempfile.TemporaryDirectory() as folder:
         told = {"LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_DUMP}{folder}", "JAX_PLATFORMS": "cpu"}
         given = json.dumps(dataclasses.asdict(attention))
@@ -70,23 +78,26 @@ def schedules(attention: Attention) -> dict[str, Schedule]:
             [sys.executable, "-m", "dr_jax.plan.kernels", given], env=os.environ | told, check=True,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        return {name: read(_schedule(pathlib.Path(folder), name)) for name in PRODUCTS}
+        return {name: read(_schedule(pathlib.Path(folder), name)) for name in PRODUCTS[attention.kernel]}
 
 
 def seconds(attention: Attention, name: str, schedule: Schedule) -> float:
-    """Of one run of a kernel."""
+    """Of one run of a kernel, all of whose rows are one segment."""
     chip = CHIPS[attention.kind]
-    block = splash.block(attention.length)
+    side = splash.block(attention.length)
     width = (
         math.ceil(attention.head_dim / chip.matrix_side) * chip.matrix_side
     )  # a smaller product fills no larger unit
     cycle_flops = chip.flops_per_s / chip.clock_hz / chip.cores
-    least = PRODUCTS[name] * 2 * block * block * width / cycle_flops
-    blocks = attention.length // block
-    visited = (blocks + 1) / 2 / blocks
-    inner = blocks * (attention.heads // attention.kv_heads if name == "dkv" else 1)  # steps while a result stays
-    a_step = schedule.step + visited * max(schedule.body, least) + schedule.edges / inner
-    return schedule.steps * a_step / chip.clock_hz
+    least = PRODUCTS[attention.kernel][name] * 2 * side * side * width / cycle_flops
+    blocks, group = attention.length // side, attention.heads // attention.kv_heads
+    body = max(schedule.body, least)
+    if schedule.masked:  # a step is a block of queries, and keys stay for all heads of a group
+        a_step = max(schedule.masked, least) + (blocks - 1) / 2 * body + schedule.edges / (blocks * group)
+    else:
+        inner = blocks * (group if name == "splash_mqa_dkv" else 1)  # steps while a result stays
+        a_step = (blocks + 1) / 2 / blocks * body + schedule.edges / inner
+    return schedule.steps * (schedule.step + a_step) / chip.clock_hz
 
 
 def read(bundles: str) -> Schedule:
@@ -109,11 +120,25 @@ def read(bundles: str) -> Schedule:
                 starts[region] = address
             elif region in starts:
                 spans.append((starts[region], address + 1))
-    body = min((span for span in spans if span[0] <= products[0] and products[-1] < span[1]), key=_length)
-    apart = {span for span in spans if loop_start <= span[0] and (span[1] <= body[0] or body[1] <= span[0])}
+    bodies = _bodies(spans, products)
+    apart = {span for span in spans if loop_start <= span[0] and all(_apart(span, body) for body in bodies)}
     apart = {span for span in apart if _length(span) > _EDGE and not any(_within(span, other) for other in apart)}
     edges = sum(map(_length, apart))
-    return Schedule(_length(body), edges, loop_end - loop_start - _length(body) - edges, steps)
+    rest = loop_end - loop_start - sum(map(_length, bodies)) - edges
+    return Schedule(_length(bodies[-1]), edges, rest, steps, masked=sum(map(_length, bodies[:-1])))
+
+
+def _bodies(spans: list[tuple[int, int]], products: list[int]) -> list[tuple[int, int]]:
+    """The region with all products; or, of a kernel with two loops, the one that masks and then the other."""
+    held = {span: sum(span[0] <= address < span[1] for address in products) for span in spans}
+    loops = [span for span in held if 0 < held[span] < len(products)]
+    if not loops:
+        return [min((span for span in held if held[span]), key=_length)]
+    return sorted(span for span in loops if not any(_within(span, other) for other in loops))
+
+
+def _apart(span: tuple[int, int], other: tuple[int, int]) -> bool:
+    return span[1] <= other[0] or other[1] <= span[0]
 
 
 def _length(span: tuple[int, int]) -> int:
@@ -125,7 +150,7 @@ def _within(span: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def _schedule(folder: pathlib.Path, name: str) -> str:
-    (path,) = (path for path in folder.glob(f"*splash_mqa_{name}_*-final_bundles.txt") if "analysis" not in path.name)
+    (path,) = (path for path in folder.glob(f"*-{name}*-final_bundles.txt") if "analysis" not in path.name)
     return path.read_text()
 
 
@@ -140,7 +165,7 @@ def _compile(attention: Attention) -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
     def total(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, segment_bt: jax.Array) -> jax.Array:
-        attend = splash.packed(segment_bt, letters.DEFAULT_RULES)
+        attend = KERNELS[attention.kernel](segment_bt, letters.DEFAULT_RULES)
         return attend(jnp.int32(0), q_btnh, k_btkh, v_btkh, None)[0].astype(jnp.float32).sum()
 
     b, t, h = attention.rows, attention.length, attention.head_dim

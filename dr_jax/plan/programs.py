@@ -175,11 +175,11 @@ def _attention(s: Setup) -> kernels.Attention | None:
     def share(letter: str) -> int:
         return math.prod(s.run.mesh[axis] for axis in letters.axes_of(placed[letter]))
 
-    if s.run.model.attention != "splash":
+    if s.run.model.attention not in kernels.PRODUCTS:
         return None
     return kernels.Attention(
-        s.piece.kind, s.run.batch.micro_rows // share("b"), s.run.batch.row_tokens, s.model.num_heads // share("n"),
-        s.model.num_kv_heads // share("k"), s.model.head_dim,
+        s.run.model.attention, s.piece.kind, s.run.batch.micro_rows // share("b"), s.run.batch.row_tokens,
+        s.model.num_heads // share("n"), s.model.num_kv_heads // share("k"), s.model.head_dim,
     )  # fmt: skip
 
 

@@ -59,6 +59,25 @@ def test_every_term_of_the_time():
     assert terms == pytest.approx(want)
 
 
+def test_what_is_waited_for_of_collectives_beside_other_work_is_exposed():
+    def gather(handle):  # 2 ms each
+        return hlo.Op("all-gather", "", 5, 2 * 64 * 540e6 / 63, group=tuple(range(64)), overlapped=True, handle=handle)
+
+    product = hlo.Op("matrix", "", 5, 1.0, cycles=1_750_000)  # 1 ms
+    ops = [
+        gather("a"),
+        gather("b"),
+        product,
+        hlo.Op("wait", "a", 5, 0.0),
+        product,
+        product,
+        hlo.Op("wait", "b", 5, 0.0),
+    ]
+    terms = seconds([*ops, hlo.Op("wait", "a copy", 5, 0.0)], CUBE, PLACES, kernel_flops=0.0, kernel_s={})
+    # The first ends 1 ms after the product beside it, the second, which follows it, with the two products after that.
+    assert (terms["exposed"], terms["overlapped"], terms["matrix"]) == pytest.approx((0.005, 0.020, 0.015))
+
+
 def test_the_engine_s_kernel_reads_or_multiplies():
     chip = CUBE.chip
     reading = Work(flops=1.0, hbm_bytes=chip.hbm_bytes_per_s * KERNEL_BANDWIDTH / 4)

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from dr_jax.model import letters, splash
+from dr_jax.model import flash, letters, splash
 from dr_jax.plan import flops
 
 
@@ -52,12 +53,18 @@ def test_the_inside_of_shard_map_counts_on_every_device():
     assert counted(both, (8, 5), (5, 7)).matrix == 2 * (2 * 8 * 5 * 7)  # each half of b computes all rows
 
 
-def test_a_causal_kernel_counts_the_blocks_it_visits():
-    b, t, n, h = 1, 2048, 4, 128
+def counted_attention(kernel, length):
+    b, n, h = 1, 4, 128
 
     def attend(q, k, v):
-        return splash.packed(jnp.ones((b, t), jnp.int32), letters.DEFAULT_RULES)(jnp.int32(0), q, k, v, None)[0]
+        segment_bt = jnp.ones((b, length), jnp.int32)
+        return kernel(segment_bt, letters.DEFAULT_RULES)(jnp.int32(0), q, k, v, None)[0]
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))):
-        found = counted(attend, (b, t, n, h), (b, t, 2, h), (b, t, 2, h))
-    assert found == flops.Flops(0, 2 * 2 * b * n * h * t * t * 3 / 4)  # scores and sum; three of four blocks of 1,024
+        return counted(attend, (b, length, n, h), (b, length, 2, h), (b, length, 2, h))
+
+
+@pytest.mark.parametrize("kernel", [splash.packed, flash.packed])  # the second says itself what it multiplies
+def test_a_causal_kernel_counts_the_blocks_it_visits(kernel):
+    # Scores and sum of 4 heads of 128; three of four blocks of 1,024.
+    assert counted_attention(kernel, 2048) == flops.Flops(0, 2 * 2 * 4 * 128 * 2048**2 * 3 / 4)

@@ -69,7 +69,8 @@ def test_every_branch_of_a_conditional_counts(mesh):
 
 
 # As the TPU compiler writes it: no trip count but a constant in the condition, on-chip memory as S(1), a gather that is
-# started and awaited, a fused reduction of which one part is kept, groups by mesh axis, a Pallas kernel.
+# started and awaited, a fused reduction of which one part is kept, groups by mesh axis, a Pallas kernel, a sparse core
+# that sums beside the rest.
 TPU = """HloModule jit_step, is_scheduled=true
 
 %fused (p.1: bf16[64,64]) -> bf16[8,64] {
@@ -82,6 +83,16 @@ TPU = """HloModule jit_step, is_scheduled=true
   %p.2 = bf16[64,64]{1,0} parameter(0)
   %p.3 = bf16[64,64]{1,0} parameter(1)
   ROOT %convolution.1 = bf16[64,64]{1,0} convolution(%p.2, %p.3), dim_labels=bf_io->bf
+}, execution_thread="sparsecore"
+
+%task (p.4: bf16[64,64]) -> bf16[64,64] {
+  %p.4 = bf16[64,64]{1,0} parameter(0)
+  ROOT %all-reduce.10 = bf16[64,64]{1,0} all-reduce(%p.4), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}
+}, execution_thread="sparsecore"
+
+%offloaded (p.5: bf16[64,64]) -> bf16[64,64] {
+  %p.5 = bf16[64,64]{1,0} parameter(0)
+  ROOT %custom-call.1 = bf16[64,64]{1,0} custom-call(%p.5), called_computations={%task}
 }, execution_thread="sparsecore"
 
 %condition (c.1: (s32[], bf16[64,64])) -> pred[] {
@@ -99,6 +110,10 @@ TPU = """HloModule jit_step, is_scheduled=true
   %b.5 = (bf16[8,64]{1,0}, bf16[64,64]{1,0}) all-gather-start(%b.6), channel_id=1, replica_groups=mesh['x'=8,'y'=2]{'x'}
   %b.6 = bf16[8,64]{1,0} fusion(%b.4), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"5"}
   %b.7 = bf16[64,64]{1,0} custom-call(%b.4), custom_call_target="tpu_custom_call"
+  %b.9 = ((), (), (s32[8]{0})) async-start(), calls=%offloaded
+  %b.10 = ((bf16[8]{0}), bf16[8]{0}, (s32[8]{0})) async-update(%b.9, %b.4)
+  %b.11 = bf16[8]{0} async-done(%b.10)
+  %b.12 = bf16[64,64]{1,0} all-gather-done(%b.5)
   ROOT %b.8 = (s32[], bf16[64,64]) tuple(%b.1, %b.7)
 }
 
@@ -119,7 +134,12 @@ def test_a_module_as_the_tpu_compiler_writes_it():
     assert gather.overlapped
     assert gather.group == (0, 2, 4, 6, 8, 10, 12, 14)
     assert gather.hbm_bytes == pytest.approx((square + square / 8) * 8 / 9)
-    assert found["reduce-scatter", "all-reduce.9"].group == tuple(range(8))
+    scattered = found["reduce-scatter", "all-reduce.9"]
+    assert (scattered.group, scattered.hbm_bytes, scattered.overlapped) == (tuple(range(8)), square / 8, False)
+    assert ("wait", gather.handle) in found
+    summed = found["all-reduce", "all-reduce.10"]
+    assert ("wait", summed.handle) in found
+    assert (summed.group, summed.hbm_bytes, summed.overlapped) == (tuple(range(8)), square, True)
     assert ("kernel", "b.7") in found
 
 
