@@ -20,7 +20,7 @@ from dr_jax.model.attention import Attend
 PAGE = 128  # tokens of a page; what the TPU's kernel reads at a time are several
 PADDING = -1  # the position of a token that is none: nothing is written for it, and it attends to nothing
 COPIES = 16  # pages copied by one call
-_GROUP = 8  # rows attended to at a time: enough work for one operation to be worth several cores
+_GROUP = 16  # rows attended to at a time: enough work for one operation to be worth several cores
 
 
 class Pool(NamedTuple):
