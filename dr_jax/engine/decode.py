@@ -96,9 +96,8 @@ def abstract_pool(
     config: ModelConfig, *, pages: int, page_tokens: int, attention: str, dtype: Any, mesh: Mesh, rules: Rules
 ) -> Any:
     """The pool that `attention` reads, as `jax.ShapeDtypeStruct`s: `pages` that can be given out, and the sink."""
-    way = ATTENTION[attention]
-    of_layers, heads = config.num_layers * (pages + 1), way.heads * config.num_kv_heads
-    dims = sizes(config) | dict(p=of_layers, s=page_tokens, k=heads)
+    way = _way(config, attention)
+    dims = sizes(config) | dict(p=config.num_layers * (pages + 1), s=page_tokens, k=way.heads * config.num_kv_heads)
 
     def array(letters: str) -> jax.ShapeDtypeStruct:
         where = NamedSharding(mesh, spec(letters, rules.activations))
@@ -110,17 +109,11 @@ def abstract_pool(
 def build(config: ModelConfig, *, mesh: Mesh, rules: Rules, steps: int, attention: str = "blocks") -> Programs:
     """The programs for one network on one mesh. `steps` = tokens drawn between two visits to the host; `attention`
     names a row of `ATTENTION`."""
-    if attention not in ATTENTION:
-        raise ConfigError(f"engine.attention: got {attention!r}, allowed are {', '.join(ATTENTION)}")
-    if attention == "ragged" and config.head_dim % ragged.LANES:
-        raise ConfigError(
-            f"engine.attention: 'ragged' needs heads of a multiple of {ragged.LANES} channels, this model's have "
-            f"{config.head_dim}. Use 'blocks'."
-        )
+    way = _way(config, attention)
 
     def run(params: Params, kv: Any, table_bp, token_bt, position_bt) -> tuple[jax.Array, Any]:
         layer_pages = jax.tree.leaves(kv)[0].shape[0] // config.num_layers
-        attend = ATTENTION[attention].attend(table_bp, position_bt, layer_pages, rules)
+        attend = way.attend(table_bp, position_bt, layer_pages, rules)
         return forward(params, config, token_bt, position_bt, attend=attend, rules=rules, cache=kv)
 
     def extend(params: Params, kv: Any, table_bp, token_bt, position_bt) -> Any:
@@ -157,9 +150,7 @@ def build(config: ModelConfig, *, mesh: Mesh, rules: Rules, steps: int, attentio
         _, kv, _, drawn = jax.lax.while_loop(more, step, (jnp.int32(0), kv, rows, drawn))
         return kv, drawn
 
-    placed = jax.tree.map(
-        lambda letters: NamedSharding(mesh, spec(letters, rules.activations)), ATTENTION[attention].pool
-    )
+    placed = jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, rules.activations)), way.pool)
     copy = functools.partial(cache.copy_pages, layers=config.num_layers)
     return Programs(
         extend=jax.jit(extend, donate_argnums=1, out_shardings=placed),
@@ -167,6 +158,18 @@ def build(config: ModelConfig, *, mesh: Mesh, rules: Rules, steps: int, attentio
         generate=jax.jit(generate, donate_argnums=1, out_shardings=(placed, None)),
         copy=jax.jit(copy, donate_argnums=0, out_shardings=placed),
     )
+
+
+def _way(config: ModelConfig, attention: str) -> Attention:
+    """The row of `ATTENTION`, if this model can use it."""
+    if attention not in ATTENTION:
+        raise ConfigError(f"engine.attention: got {attention!r}, allowed are {', '.join(ATTENTION)}")
+    if attention == "ragged" and config.head_dim % ragged.LANES:
+        raise ConfigError(
+            f"engine.attention: 'ragged' needs heads of a multiple of {ragged.LANES} channels, this model's have "
+            f"{config.head_dim}. Use 'blocks'."
+        )
+    return ATTENTION[attention]
 
 
 def _advance(rows: Rows, token_b: jax.Array) -> Rows:

@@ -42,6 +42,9 @@ def test_attention_that_cannot_be_is_named(config, mesh):
         decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2, attention="paged")
     with pytest.raises(ConfigError, match="engine.attention: 'ragged' needs heads of a multiple of 128 channels"):
         decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2, attention="ragged")
+    sizes = dict(pages=4, page_tokens=128, dtype=jnp.float32)
+    with pytest.raises(ConfigError, match="engine.attention: got 'paged'"):
+        decode.abstract_pool(config, mesh=mesh, rules=DEFAULT_RULES, attention="paged", **sizes)
 
 
 async def test_nothing_compiles_after_warm_up(engine, other_params, params):
