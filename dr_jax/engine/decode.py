@@ -7,33 +7,44 @@
 
 A row is a sequence, or a part of one: all rows write before any row attends. Nothing ties a sequence to a row; where
 its keys and values are is told by its line of the block table, `table_bp`. All but the arguments that live on device
-are numpy arrays, made anew for each call; the pool of pages is donated.
+are numpy arrays, made anew for each call; the pool of pages, `kv`, is donated.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dr_jax.engine.cache import PADDING, attend_blocks, copy_pages
+from dr_jax.engine import cache, ragged
+from dr_jax.engine.cache import PADDING
 from dr_jax.engine.draw import Draw, draw
-from dr_jax.engine.ragged import LANES, attend_ragged
 from dr_jax.errors import ConfigError
 from dr_jax.model.attention import Attend
 from dr_jax.model.config import ModelConfig
-from dr_jax.model.letters import Rules, spec
+from dr_jax.model.letters import Rules, sizes, spec
 from dr_jax.model.qwen2 import forward, unembed
 from dr_jax.model.weights import Params
 
-ATTENTION: dict[str, Callable[..., Attend]] = {
-    "blocks": lambda table_bp, position_bt, layer_pages, rules: attend_blocks(table_bp, position_bt, layer_pages),
-    "ragged": attend_ragged,
+
+class Attention(NamedTuple):
+    """A way to attend to pages, and how they have to lie for it."""
+
+    pool: Any  # the letters of its arrays
+    heads: int  # that an array has for each kv head: 2 where keys and values share it
+    attend: Callable[..., Attend]  # (table_bp, position_bt, layer_pages, rules)
+
+
+ATTENTION = {
+    "blocks": Attention(
+        cache.LETTERS, 1, lambda table_bp, position_bt, pages, rules: cache.attend_blocks(table_bp, position_bt, pages)
+    ),
+    "ragged": Attention(ragged.LETTERS, 2, ragged.attend_ragged),
 }
 MAX_STOP_IDS = 8  # per request
 
@@ -59,12 +70,12 @@ class Drawn(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Jitted; see the module. `kv` is the pool."""
+    """Jitted; see the module."""
 
-    extend: Callable[..., jax.Array]  # (params, kv, table_bp, token_bt, position_bt)
-    score: Callable[..., tuple[jax.Array, jax.Array]]  # (params, kv, table_bp, token_bt, position_bt, next_token_bt)
-    generate: Callable[..., tuple[jax.Array, Drawn]]  # (params, kv, rows)
-    copy: Callable[..., jax.Array]  # (kv, source_c, target_c, count)
+    extend: Callable[..., Any]  # (params, kv, table_bp, token_bt, position_bt)
+    score: Callable[..., tuple[Any, jax.Array]]  # (params, kv, table_bp, token_bt, position_bt, next_token_bt)
+    generate: Callable[..., tuple[Any, Drawn]]  # (params, kv, rows)
+    copy: Callable[..., Any]  # (kv, source_c, target_c, count)
 
 
 def inert(rows: int, pages: int) -> Rows:
@@ -81,63 +92,84 @@ def inert(rows: int, pages: int) -> Rows:
     )
 
 
+def abstract_pool(
+    config: ModelConfig, *, pages: int, page_tokens: int, attention: str, dtype: Any, mesh: Mesh, rules: Rules
+) -> Any:
+    """The pool that `attention` reads, as `jax.ShapeDtypeStruct`s: `pages` that can be given out, and the sink."""
+    way = _way(config, attention)
+    dims = sizes(config) | dict(p=config.num_layers * (pages + 1), s=page_tokens, k=way.heads * config.num_kv_heads)
+
+    def array(letters: str) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, spec(letters, rules.activations))
+        return jax.ShapeDtypeStruct(tuple(dims[letter] for letter in letters), dtype, sharding=where)
+
+    return jax.tree.map(array, way.pool)
+
+
 def build(config: ModelConfig, *, mesh: Mesh, rules: Rules, steps: int, attention: str = "blocks") -> Programs:
     """The programs for one network on one mesh. `steps` = tokens drawn between two visits to the host; `attention`
     names a row of `ATTENTION`."""
-    if attention not in ATTENTION:
-        raise ConfigError(f"engine.attention: got {attention!r}, allowed are {', '.join(ATTENTION)}")
-    if attention == "ragged" and config.head_dim % LANES:
-        raise ConfigError(
-            f"engine.attention: 'ragged' needs heads of a multiple of {LANES} channels, this model's have "
-            f"{config.head_dim}. Use 'blocks'."
-        )
+    way = _way(config, attention)
 
-    def run(params: Params, kv_pskh: jax.Array, table_bp, token_bt, position_bt) -> tuple[jax.Array, jax.Array]:
-        attend = ATTENTION[attention](table_bp, position_bt, kv_pskh.shape[0] // config.num_layers, rules)
-        return forward(params, config, token_bt, position_bt, attend=attend, rules=rules, cache=kv_pskh)
+    def run(params: Params, kv: Any, table_bp, token_bt, position_bt) -> tuple[jax.Array, Any]:
+        layer_pages = jax.tree.leaves(kv)[0].shape[0] // config.num_layers
+        attend = way.attend(table_bp, position_bt, layer_pages, rules)
+        return forward(params, config, token_bt, position_bt, attend=attend, rules=rules, cache=kv)
 
-    def extend(params: Params, kv_pskh: jax.Array, table_bp, token_bt, position_bt) -> jax.Array:
-        return run(params, kv_pskh, table_bp, token_bt, position_bt)[1]
+    def extend(params: Params, kv: Any, table_bp, token_bt, position_bt) -> Any:
+        return run(params, kv, table_bp, token_bt, position_bt)[1]
 
-    def score(params: Params, kv_pskh: jax.Array, table_bp, token_bt, position_bt, next_token_bt):
-        x_btd, kv_pskh = run(params, kv_pskh, table_bp, token_bt, position_bt)
+    def score(params: Params, kv: Any, table_bp, token_bt, position_bt, next_token_bt):
+        x_btd, kv = run(params, kv, table_bp, token_bt, position_bt)
 
         def logp_of(row) -> jax.Array:  # row by row: a chunk of logits of a large vocabulary is all that fits
             x_td, next_token_t = row
             logits_tv = unembed(params, config, x_td[None])[0]
             return jnp.take_along_axis(jax.nn.log_softmax(logits_tv), next_token_t[:, None], axis=-1)[:, 0]
 
-        return kv_pskh, jax.lax.map(logp_of, (x_btd, next_token_bt))
+        return kv, jax.lax.map(logp_of, (x_btd, next_token_bt))
 
-    def generate(params: Params, kv_pskh: jax.Array, rows: Rows) -> tuple[jax.Array, Drawn]:
+    def generate(params: Params, kv: Any, rows: Rows) -> tuple[Any, Drawn]:
         b = rows.live_b.shape[0]
         drawn = Drawn(jnp.zeros((steps, b), jnp.int32), jnp.zeros((steps, b), jnp.float32), jnp.zeros((steps, b), bool))
 
-        def step(state: tuple[jax.Array, jax.Array, Rows, Drawn]):
-            i, kv_pskh, rows, drawn = state
+        def step(state: tuple[jax.Array, Any, Rows, Drawn]):
+            i, kv, rows, drawn = state
             position_b1 = jnp.where(rows.live_b, rows.position_b, PADDING)[:, None]
-            x_b1d, kv_pskh = run(params, kv_pskh, rows.table_bp, rows.token_b[:, None], position_b1)
+            x_b1d, kv = run(params, kv, rows.table_bp, rows.token_b[:, None], position_b1)
             token_b, logp_b = draw(unembed(params, config, x_b1d)[:, 0], rows.draw)
             drawn = Drawn(
                 *(all_ib.at[i].set(x_b) for all_ib, x_b in zip(drawn, (token_b, logp_b, rows.live_b), strict=True))
             )
-            return i + 1, kv_pskh, _advance(rows, token_b), drawn
+            return i + 1, kv, _advance(rows, token_b), drawn
 
-        def more(state: tuple[jax.Array, jax.Array, Rows, Drawn]) -> jax.Array:
+        def more(state: tuple[jax.Array, Any, Rows, Drawn]) -> jax.Array:
             i, _, rows, _ = state
             return (i < steps) & rows.live_b.any()
 
-        _, kv_pskh, _, drawn = jax.lax.while_loop(more, step, (jnp.int32(0), kv_pskh, rows, drawn))
-        return kv_pskh, drawn
+        _, kv, _, drawn = jax.lax.while_loop(more, step, (jnp.int32(0), kv, rows, drawn))
+        return kv, drawn
 
-    placed = NamedSharding(mesh, spec("pskh", rules.activations))
-    copy = functools.partial(copy_pages, layers=config.num_layers)
+    placed = jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, rules.activations)), way.pool)
+    copy = functools.partial(cache.copy_pages, layers=config.num_layers)
     return Programs(
         extend=jax.jit(extend, donate_argnums=1, out_shardings=placed),
         score=jax.jit(score, donate_argnums=1, out_shardings=(placed, None)),
         generate=jax.jit(generate, donate_argnums=1, out_shardings=(placed, None)),
         copy=jax.jit(copy, donate_argnums=0, out_shardings=placed),
     )
+
+
+def _way(config: ModelConfig, attention: str) -> Attention:
+    """The row of `ATTENTION`, if this model can use it."""
+    if attention not in ATTENTION:
+        raise ConfigError(f"engine.attention: got {attention!r}, allowed are {', '.join(ATTENTION)}")
+    if attention == "ragged" and config.head_dim % ragged.LANES:
+        raise ConfigError(
+            f"engine.attention: 'ragged' needs heads of a multiple of {ragged.LANES} channels, this model's have "
+            f"{config.head_dim}. Use 'blocks'."
+        )
+    return ATTENTION[attention]
 
 
 def _advance(rows: Rows, token_b: jax.Array) -> Rows:

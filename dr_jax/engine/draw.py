@@ -42,8 +42,15 @@ def draw(logits_bv: jax.Array, how: Draw) -> tuple[jax.Array, jax.Array]:
         lambda x_bv: jnp.where(greedy_b[:, None], x_bv, x_bv + _gumbel(how.seed_b, how.index_b, x_bv.shape[1])),
         kept_bv,
     )
-    token_b = jnp.argmax(noisy_bv, axis=-1).astype(jnp.int32)
+    token_b = _argmax(noisy_bv)
     return token_b, jnp.take_along_axis(logp_bv, token_b[:, None], axis=-1)[:, 0]
+
+
+def _argmax(x_bv: jax.Array) -> jax.Array:
+    """int32, the first of the greatest of each row. Two reductions, which a CPU does ten times as fast as `argmax`."""
+    v = x_bv.shape[1]
+    greatest_bv = x_bv == x_bv.max(axis=-1, keepdims=True)
+    return jnp.where(greatest_bv, jnp.arange(v, dtype=jnp.int32)[None], v - 1).min(axis=-1)
 
 
 def _gumbel(seed_b: jax.Array, index_b: jax.Array, v: int) -> jax.Array:

@@ -4,6 +4,8 @@ The kernel is JAX's ragged paged attention (Pallas). It sees one chip's heads, s
 with the write into the pool that comes before it. It asks for heads of 128 channels (all sizes of Qwen2.5 but 0.5B)
 and kv heads that fill its tiles (1, 2, 4 or multiples of 8 a chip). JAX 0.10 cannot interpret it, so its arguments
 are what a CPU can test.
+
+Its pool is one array, `kv_pskh`: the key of kv head k lies at 2k, its value at 2k + 1.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-from dr_jax.engine.cache import PADDING, write
+from dr_jax.engine.cache import PADDING, places
 from dr_jax.engine.pages import SINK
 from dr_jax.model.attention import Attend
 from dr_jax.model.letters import Rules, spec
 
+LETTERS = "pskh"
 LANES = 128  # a head is a multiple of so many channels
 READ = 2048  # positions that the kernel fetches at a time, whatever of them is live
 _QUERIES = 32  # tokens at a time
@@ -56,10 +59,18 @@ def arguments(table_bp: jax.Array, position_bt: jax.Array, first_page: jax.Array
     )
 
 
+def write(kv_pskh: jax.Array, first_page: jax.Array, table_bp, position_bt, k_btkh, v_btkh) -> jax.Array:
+    """As `cache.write`."""
+    page_bt, at_bt = places(first_page, table_bp, position_bt, kv_pskh.shape[1])
+    b, t, k, h = k_btkh.shape
+    new_btkh = jnp.nan_to_num(jnp.stack([k_btkh, v_btkh], axis=3).reshape(b, t, 2 * k, h))
+    return kv_pskh.at[page_bt, at_bt].set(new_btkh, mode="promise_in_bounds")
+
+
 def attend_ragged(table_bp: jax.Array, position_bt: jax.Array, layer_pages: int, rules: Rules) -> Attend:
     """As `cache.attend_blocks`. Needs a mesh in scope, and a TPU."""
     heads, kv_heads = spec("btnh", rules.activations), spec("btkh", rules.activations)
-    pool, whole = spec("pskh", rules.activations), jax.sharding.PartitionSpec()
+    pool, whole = spec(LETTERS, rules.activations), jax.sharding.PartitionSpec()
 
     def local(layer, q_btnh, k_btkh, v_btkh, kv_pskh, table_bp, position_bt):
         b, t, n, h = q_btnh.shape

@@ -12,7 +12,7 @@ from collections.abc import Sequence as ListOf
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from dr_jax.engine import cache as kv
 from dr_jax.engine import decode
@@ -21,7 +21,7 @@ from dr_jax.engine.request import Request, stop_string_end
 from dr_jax.engine.sequences import Copy, Sequence, Sequences
 from dr_jax.errors import ConfigError
 from dr_jax.model.config import ModelConfig
-from dr_jax.model.letters import Rules, spec
+from dr_jax.model.letters import Rules
 from dr_jax.model.weights import Params, shape, shardings, tree
 from dr_jax.records import Finish
 
@@ -58,11 +58,10 @@ class Rounds:
         self._params = self.placed(params)
         self.version = 0
         self._programs = decode.build(config, mesh=mesh, rules=rules, steps=decode_steps, attention=attention)
-        self._pool_of = dict(
-            config=config, pages=pages, page_tokens=page_tokens, dtype=self._dtype,
-            sharding=NamedSharding(mesh, spec("pskh", rules.activations)),
-        )  # fmt: skip
-        self._kv = kv.make(**self._pool_of)
+        self._pool = decode.abstract_pool(
+            config, pages=pages, page_tokens=page_tokens, attention=attention, dtype=self._dtype, mesh=mesh, rules=rules
+        )
+        self._kv = kv.make(self._pool)
         self.sequences = Sequences(Pages(pages, page_tokens), context)
         self._slots, self._steps = slots, decode_steps
         self._prefill_widths = prefill_widths(prefill_rows)
@@ -144,7 +143,7 @@ class Rounds:
         for request in reversed(list(self.serving)):
             self._set_back(request)
         self.sequences.forget()
-        self._kv = kv.make(**self._pool_of)
+        self._kv = kv.make(self._pool)
 
     def _prefill(self, lacking: ListOf[Request]) -> None:
         ready, copies = [], []

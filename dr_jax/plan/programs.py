@@ -65,7 +65,7 @@ class Resident:
     reference: Params | None
     batch: PackedBatch
     engine_params: Params
-    kv_cache: jax.ShapeDtypeStruct
+    kv_cache: Any  # as `decode.abstract_pool`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +119,6 @@ def resident(s: Setup) -> Resident:
     rows = NamedSharding(s.learner, letters.spec("bt", s.rules.activations))
     shape = (run.batch.rows, run.batch.row_tokens)
     pages = run.engine.pages or cache.enough(run.engine.slots, run.engine.context)
-    kv = jax.eval_shape(lambda: cache.make(s.model, pages=pages, page_tokens=cache.PAGE, dtype=dtype, sharding=None))
-    kv_sharding = NamedSharding(s.engine, letters.spec("pskh", letters.DEFAULT_RULES.activations))
     return Resident(
         state=abstract_state(s.model, optim, s.learner, s.rules),
         reference=_params(s.model, dtype, s.learner, s.rules) if run.grpo.kl_coef else None,
@@ -128,7 +126,10 @@ def resident(s: Setup) -> Resident:
             *(jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows) for x in PackedBatch.empty(1, 1))
         ),
         engine_params=_params(s.model, dtype, s.engine, letters.DEFAULT_RULES),
-        kv_cache=jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=kv_sharding),
+        kv_cache=decode.abstract_pool(
+            s.model, pages=pages, page_tokens=cache.PAGE, attention=run.engine.attention, dtype=dtype, mesh=s.engine,
+            rules=letters.DEFAULT_RULES,
+        ),
     )  # fmt: skip
 
 

@@ -7,8 +7,10 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from dr_jax.engine import decode
 from dr_jax.model import letters, weights
 from dr_jax.plan.estimate import GIB, KERNEL_EFFICIENCY, Compiled, Traced, bytes_per_chip, compile_for, trace
 from dr_jax.plan.programs import Program, Resident, Setup, programs, resident
@@ -153,8 +155,10 @@ def shapes(plan: Plan) -> str:
         for row in weights.rows(setup.model):
             leaf = functools.reduce(dict.__getitem__, row.path.split("/"), tree)
             rows.append(_shape_row(f"{owner}/{row.path}", leaf, row.letters, letters.spec(row.letters, rules.weights)))
-    spec = letters.spec("pskh", letters.DEFAULT_RULES.activations)
-    rows.append(_shape_row("cache", there.kv_cache, "pskh", spec))
+    pool = decode.ATTENTION[setup.run.engine.attention].pool
+    for leaf, row_letters in zip(*map(jax.tree.leaves, (there.kv_cache, pool)), strict=True):
+        spec = letters.spec(row_letters, letters.DEFAULT_RULES.activations)
+        rows.append(_shape_row("cache", leaf, row_letters, spec))
     for name, leaf in zip(there.batch._fields, there.batch, strict=True):
         rows.append(_shape_row(f"batch/{name}", leaf, "bt", letters.spec("bt", setup.rules.activations)))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dr_jax.engine import cache as kv
+from dr_jax.engine import decode
 from dr_jax.model.attention import packed
+from dr_jax.model.letters import DEFAULT_RULES
 
 L, PAGES, SIZE, N, K, H = 2, 24, 16, 4, 2, 8
 TABLE = np.arange(1, 1 + PAGES, dtype=np.int32).reshape(3, 8)[:, ::-1].copy()  # three rows of eight pages, backwards
@@ -18,8 +19,12 @@ PAD = kv.PADDING
 
 @pytest.fixture
 def empty(config, mesh):
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return kv.make(config, pages=PAGES, page_tokens=SIZE, dtype=jnp.float32, sharding=sharding)
+    return kv.make(
+        decode.abstract_pool(
+            config, pages=PAGES, page_tokens=SIZE, attention="blocks", dtype=jnp.float32, mesh=mesh,
+            rules=DEFAULT_RULES,
+        )
+    )  # fmt: skip
 
 
 def random(seed: int, *shape: int) -> jax.Array:
@@ -33,7 +38,8 @@ def extend(pool, table_bp, position_bt, q_btnh, k_btkh, v_btkh):
 
 
 def test_the_sink_comes_on_top(empty):
-    assert empty.shape == (L * (PAGES + 1), SIZE, 2 * K, H)
+    assert empty.k_pkhs.shape == (L * (PAGES + 1), K, H, SIZE)
+    assert empty.v_pksh.shape == (L * (PAGES + 1), K, SIZE, H)
 
 
 def test_attending_in_chunks_equals_plain_attention(empty):
@@ -46,8 +52,9 @@ def test_attending_in_chunks_equals_plain_attention(empty):
         out, pool = extend(pool, TABLE[[2, 0]], position_bt, q_btnh[:, part], k_btkh[:, part], v_btkh[:, part])
         outs.append(out)
     np.testing.assert_allclose(np.concatenate(outs, axis=1), want_btnh, atol=2e-6)
-    assert not pool[: PAGES + 1].any(), "another layer was written"
-    assert not pool[PAGES + 1 + TABLE[1]].any(), "another row's pages were written"
+    for pages in pool:
+        assert not pages[: PAGES + 1].any(), "another layer was written"
+        assert not pages[PAGES + 1 + TABLE[1]].any(), "another row's pages were written"
 
 
 def test_parts_of_one_sequence_may_be_rows_of_one_call(empty):
@@ -59,7 +66,7 @@ def test_parts_of_one_sequence_may_be_rows_of_one_call(empty):
 
 
 def test_a_row_is_the_same_bits_beside_longer_rows_and_padding(empty):
-    pool = random(3, *empty.shape)
+    pool = jax.tree.map(lambda pages: random(3, *pages.shape), empty)
     q_btnh, k_btkh, v_btkh = random(5, 3, 1, N, H), random(6, 3, 1, K, H), random(7, 3, 1, K, H)
     alone, _ = extend(pool, TABLE, jnp.array([[PAD], [40], [PAD]]), q_btnh, k_btkh, v_btkh)
     beside, _ = extend(pool, TABLE, jnp.array([[127], [40], [70]]), q_btnh, k_btkh, v_btkh)
@@ -71,8 +78,9 @@ def test_padding_is_written_to_the_sink(empty):
     ones = jnp.ones((3, 1, K, H))
     _, pool = extend(empty, TABLE, jnp.array([[3], [PAD], [PAD]]), jnp.ones((3, 1, N, H)), ones, ones)
     sink = PAGES + 1
-    assert pool.at[sink].set(0).sum() == 2 * K * H
-    assert (pool[sink + TABLE[0, 0], 3] == 1).all()
+    assert sum(pages.at[sink].set(0).sum() for pages in pool) == 2 * K * H
+    assert (pool.k_pkhs[sink + TABLE[0, 0], :, :, 3] == 1).all()
+    assert (pool.v_pksh[sink + TABLE[0, 0], :, 3] == 1).all()
 
 
 def test_what_is_not_finite_is_not_stored(empty):
@@ -84,11 +92,12 @@ def test_what_is_not_finite_is_not_stored(empty):
 
 
 def test_pages_are_copied_in_order_in_all_layers(empty):
-    pool = random(3, *empty.shape)
+    pool = jax.tree.map(lambda pages: random(3, *pages.shape), empty)
     source_c, target_c = np.array([4, 2, 9], np.int32), np.array([2, 5, 1], np.int32)
     copied = jax.jit(kv.copy_pages, static_argnames="layers")(pool, source_c, target_c, 2, layers=L)
-    for first in (0, PAGES + 1):
-        for page in (2, 5):  # 5 has what 2 had just got
-            np.testing.assert_array_equal(copied[first + page], pool[first + 4])
-        others = first + np.array([0, 1, 3, 4, *range(6, PAGES + 1)])
-        np.testing.assert_array_equal(copied[others], pool[others])
+    others = np.array([0, 1, 3, 4, *range(6, PAGES + 1)])
+    for before, after in zip(pool, copied, strict=True):
+        for first in (0, PAGES + 1):
+            for page in (2, 5):  # 5 has what 2 had just got
+                np.testing.assert_array_equal(after[first + page], before[first + 4])
+            np.testing.assert_array_equal(after[first + others], before[first + others])

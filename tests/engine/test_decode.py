@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dr_jax.engine import cache as kv
 from dr_jax.engine import decode
@@ -19,8 +18,11 @@ from dr_jax.records import Sampling
 
 def test_the_pool_is_updated_in_place(config, params, mesh):
     programs = decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2)
-    sharding = NamedSharding(mesh, PartitionSpec())
-    pool = kv.make(config, pages=48, page_tokens=128, dtype=jnp.float32, sharding=sharding)
+    abstract = decode.abstract_pool(
+        config, pages=48, page_tokens=128, attention="blocks", dtype=jnp.float32, mesh=mesh, rules=DEFAULT_RULES
+    )
+    pool = kv.make(abstract)
+    size = sum(array.nbytes for array in pool)
     table_bp, token_bt, copies_c = np.zeros((2, 8), np.int32), np.zeros((2, 4), np.int32), np.zeros(16, np.int32)
     with jax.set_mesh(mesh):
         lowered = [
@@ -31,8 +33,8 @@ def test_the_pool_is_updated_in_place(config, params, mesh):
         ]
     for program in lowered:
         memory = program.compile().memory_analysis()
-        assert memory.alias_size_in_bytes == pool.nbytes
-        assert memory.temp_size_in_bytes < pool.nbytes / 4, "a program holds a second copy of the pool"
+        assert memory.alias_size_in_bytes == size
+        assert memory.temp_size_in_bytes < size / 4, "a program holds a second copy of the pool"
 
 
 def test_attention_that_cannot_be_is_named(config, mesh):
@@ -40,6 +42,9 @@ def test_attention_that_cannot_be_is_named(config, mesh):
         decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2, attention="paged")
     with pytest.raises(ConfigError, match="engine.attention: 'ragged' needs heads of a multiple of 128 channels"):
         decode.build(config, mesh=mesh, rules=DEFAULT_RULES, steps=2, attention="ragged")
+    sizes = dict(pages=4, page_tokens=128, dtype=jnp.float32)
+    with pytest.raises(ConfigError, match="engine.attention: got 'paged'"):
+        decode.abstract_pool(config, mesh=mesh, rules=DEFAULT_RULES, attention="paged", **sizes)
 
 
 async def test_nothing_compiles_after_warm_up(engine, other_params, params):

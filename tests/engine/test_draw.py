@@ -35,6 +35,14 @@ def test_greedy_takes_the_top_and_reports_its_logp_at_temperature_one():
     np.testing.assert_allclose(logp_b, jax.nn.log_softmax(LOGITS)[0], rtol=1e-6)
 
 
+def test_of_equals_the_first_is_taken_and_nan_gives_a_token_all_the_same():
+    logits_bv = np.array([[1, 3, 3, 0], [np.nan, 1, 2, 3], [-np.inf] * 3 + [0]], np.float32)
+    token_b, logp_b = draw(logits_bv, knobs(3, temperature=0.0))
+    assert (token_b[0], token_b[2]) == (1, 3)
+    assert 0 <= token_b[1] < 4
+    assert np.isfinite(logp_b).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_softmax_of_logits_over_temperature(temperature):
     token_b, logp_b = draw(rows(B), knobs(B, temperature=temperature, seed=np.arange(B)))

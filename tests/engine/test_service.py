@@ -195,7 +195,8 @@ async def breaking(engine, name: str, times: int) -> None:
         raise ZeroDivisionError("a bit has flipped")
 
     def lost(pool):
-        return pool + jax.pure_callback(fail, jax.ShapeDtypeStruct((), pool.dtype), pool[0, 0, 0, 0])
+        number = jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), pool.k_pkhs[0, 0, 0, 0])
+        return jax.tree.map(lambda pages: pages + number, pool)
 
     lost = jax.jit(lost, donate_argnums=0)
     rounds, left = engine._rounds, [times]
