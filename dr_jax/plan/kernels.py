@@ -9,8 +9,9 @@ with the compiler told to write its schedule down, and the bundles are counted a
     edges   first and last work on a block that stays while the others pass
     step    what each step of the grid costs, skipped or not
 
-A body counts at the least what its products take of the matrix units, which the schedule may overlook. Stalls of the
-memory system are not counted. The compiler reads where to write when it is loaded, so a process of its own compiles.
+A body counts at the least what its products take of the matrix units, which the schedule may overlook. Other stalls
+of the memory system are not counted. The compiler reads where to write when it is loaded, so a process of its own
+compiles.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ PRODUCTS = {
     "splash": {"splash_mqa_fwd": 2, "splash_mqa_dkv": 4, "splash_mqa_dq": 3},
     "flash": flash.PRODUCTS,
 }
+# Bytes a token and channel of a kv head that move while nothing multiplies: what stays on a chip comes and goes whole.
+_ALONE = {"flash_fwd": 4, "flash_bwd": 12}
 KERNELS = {"splash": splash.packed, "flash": flash.packed}
 _EDGE = 64  # bundles; a shorter region is bookkeeping of every step
 _SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -97,7 +100,8 @@ def seconds(attention: Attention, name: str, schedule: Schedule) -> float:
     else:
         inner = blocks * (group if name == "splash_mqa_dkv" else 1)  # steps while a result stays
         a_step = (blocks + 1) / 2 / blocks * body + schedule.edges / inner
-    return schedule.steps * (schedule.step + a_step) / chip.clock_hz
+    moved = attention.rows * attention.kv_heads * attention.length * attention.head_dim * _ALONE.get(name, 0)
+    return schedule.steps * (schedule.step + a_step) / chip.clock_hz + moved / chip.hbm_bytes_per_s
 
 
 def read(bundles: str) -> Schedule:

@@ -7,6 +7,8 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dr_jax.model.config import ModelConfig
@@ -59,3 +61,26 @@ def tiny(tmp_path_factory):
         return Tiny(directory, ModelConfig.from_hf(directory), model)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def value_and_grads():
+    """`f(make, segment_bt)`: (output, gradients) of the attention `make(segment_bt)` for random q, k and v of 4
+    and 2 heads, by a loss that weighs every real output differently."""
+
+    def of(make, segment_bt):
+        rng = np.random.default_rng(0)
+        b, t = segment_bt.shape
+        qkv = tuple(jnp.asarray(rng.normal(size=(b, t, heads, 128)), jnp.float32) for heads in (4, 2, 2))
+        weight_btnh = jnp.asarray(rng.normal(size=(b, t, 4, 128)), jnp.float32)
+        weight_btnh = jnp.where((segment_bt > 0)[:, :, None, None], weight_btnh, 0.0)
+
+        def loss(qkv):
+            o_btnh, cache = make(segment_bt)(jnp.int32(0), *qkv, "untouched")
+            assert cache == "untouched"
+            return (o_btnh * weight_btnh).sum(), o_btnh
+
+        (_, o_btnh), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv)
+        return o_btnh, grads
+
+    return of

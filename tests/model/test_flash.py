@@ -20,7 +20,6 @@ LENGTHS = [
     [(1, 140), (2, 244), (3, 128)],
 ]
 SEGMENT_BT = jnp.asarray([[segment for segment, n in row for _ in range(n)] for row in LENGTHS], jnp.int32)
-B, T, H = *SEGMENT_BT.shape, 128  # a row of four blocks, of two, of one
 
 
 def in_blocks_of(side, compute, monkeypatch):
@@ -29,28 +28,12 @@ def in_blocks_of(side, compute, monkeypatch):
     monkeypatch.setattr(flash, "COMPUTE", compute)
 
 
-def value_and_grads(make):
-    """(output, gradients of a loss that weighs every real output differently)."""
-    rng = np.random.default_rng(0)
-    qkv = tuple(jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.float32) for heads in (4, 2, 2))
-    weight_btnh = jnp.asarray(rng.normal(size=(B, T, 4, H)), jnp.float32)
-    weight_btnh = jnp.where((SEGMENT_BT > 0)[:, :, None, None], weight_btnh, 0.0)
-
-    def loss(qkv):
-        o_btnh, cache = make(SEGMENT_BT)(jnp.int32(0), *qkv, "untouched")
-        assert cache == "untouched"
-        return (o_btnh * weight_btnh).sum(), o_btnh
-
-    (_, o_btnh), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv)
-    return o_btnh, grads
-
-
 @pytest.mark.parametrize(("side", "compute", "tensor"), [(128, 128, 2), (256, 128, 1), (512, 256, 1)])
-def test_values_and_gradients_are_those_of_packed_attention(side, compute, tensor, monkeypatch):
+def test_values_and_gradients_are_those_of_packed_attention(value_and_grads, side, compute, tensor, monkeypatch):
     in_blocks_of(side, compute, monkeypatch)
-    want_btnh, want = value_and_grads(attention.packed)
+    want_btnh, want = value_and_grads(attention.packed, SEGMENT_BT)
     with jax.set_mesh(letters.make_mesh({"data": 1, "fsdp": 2, "tensor": tensor})):
-        o_btnh, grads = value_and_grads(functools.partial(flash.packed, rules=RULES, interpret=True))
+        o_btnh, grads = value_and_grads(functools.partial(flash.packed, rules=RULES, interpret=True), SEGMENT_BT)
     real_bt = np.asarray(SEGMENT_BT > 0)
     np.testing.assert_allclose(np.asarray(o_btnh)[real_bt], np.asarray(want_btnh)[real_bt], atol=2e-5)
     assert np.isfinite(o_btnh).all()

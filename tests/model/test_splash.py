@@ -18,30 +18,11 @@ LENGTHS = [[(1, 128), (2, 100), (3, 20), (0, 8)], [(1, 256)]]
 SEGMENT_BT = jnp.asarray([[segment for segment, n in row for _ in range(n)] for row in LENGTHS], jnp.int32)
 
 
-def inputs(dtype=np.float32):
-    rng = np.random.default_rng(0)
-    return tuple(jnp.asarray(rng.normal(size=(2, 256, heads, 128)), dtype) for heads in (4, 2, 2))
-
-
-def value_and_grads(make):
-    """(output, gradients of a loss that weighs every real output differently)."""
-    weight_btnh = jnp.asarray(np.random.default_rng(1).normal(size=(2, 256, 4, 128)), jnp.float32)
-    weight_btnh = jnp.where((SEGMENT_BT > 0)[:, :, None, None], weight_btnh, 0.0)
-
-    def loss(qkv):
-        o_btnh, cache = make(SEGMENT_BT)(jnp.int32(0), *qkv, "untouched")
-        assert cache == "untouched"
-        return (o_btnh * weight_btnh).sum(), o_btnh
-
-    (_, o_btnh), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs())
-    return o_btnh, grads
-
-
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_values_and_gradients_are_those_of_packed_attention(tensor):
-    want_btnh, want = value_and_grads(attention.packed)
+def test_values_and_gradients_are_those_of_packed_attention(value_and_grads, tensor):
+    want_btnh, want = value_and_grads(attention.packed, SEGMENT_BT)
     with jax.set_mesh(letters.make_mesh({"data": 1, "fsdp": 2, "tensor": tensor})):
-        o_btnh, grads = value_and_grads(functools.partial(splash.packed, rules=RULES, interpret=True))
+        o_btnh, grads = value_and_grads(functools.partial(splash.packed, rules=RULES, interpret=True), SEGMENT_BT)
     real_bt = np.asarray(SEGMENT_BT > 0)
     np.testing.assert_allclose(np.asarray(o_btnh)[real_bt], np.asarray(want_btnh)[real_bt], atol=2e-5)
     assert np.isfinite(o_btnh).all()
