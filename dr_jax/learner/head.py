@@ -73,7 +73,7 @@ def logps(
             x_td, target_t = tokens
             return None, _pick(head.logits(weights, x_td), target_t)
 
-        _, picked = _visit(head, visit, None, (x_btd, target_bt), wanted_bt)
+        _, picked = _in_chunks(head, visit, None, (x_btd, target_bt), wanted_bt)
         return tuple(jnp.where(wanted_bt, picked_bt, 0.0) for picked_bt in picked)
 
     rows = _rows(head)
@@ -106,7 +106,7 @@ def gradients(
         spoken_bt = jax.ShapeDtypeStruct(batch.weight_bt.shape, jnp.float32)
         shapes = jax.eval_shape(loss_of, spoken_bt, spoken_bt, ref_logp_bt, batch)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, weights))
-        (terms, by_weights), by_x_btd = _visit(head, visit, zeros, (x_btd, batch, ref_logp_bt), batch.weight_bt > 0)
+        (terms, by_weights), by_x_btd = _in_chunks(head, visit, zeros, (x_btd, batch, ref_logp_bt), batch.weight_bt > 0)
         axes = _shared(head)
         terms = jax.lax.psum(terms, axes)._replace(maxima=jax.lax.pmax(terms.maxima, axes))
         return terms, jax.lax.psum(by_weights, axes), by_x_btd
@@ -137,7 +137,7 @@ def _on_each_device(head: Head, local: Callable, in_specs: Any, out_specs: Any) 
     return jax.shard_map(local, axis_names=axes, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _visit(head: Head, visit: Callable, carry: Any, tokens: Any, wanted_bt: jax.Array) -> tuple[Any, Any]:
+def _in_chunks(head: Head, visit: Callable, carry: Any, tokens: Any, wanted_bt: jax.Array) -> tuple[Any, Any]:
     """`carry` and outputs of `visit(carry, tokens_t) -> (carry, out_t)`, called with chunks of the wanted tokens.
 
     The last of them is filled up with others. Outputs come back as `[b, t, ...]`, 0 for tokens that were not visited.

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from dr_jax.learner.grpo import GrpoConfig, token_logps
+from dr_jax.learner.head import Head
 from dr_jax.learner.sft import sft_terms
 from dr_jax.learner.step import put_batch
 
@@ -27,6 +28,6 @@ def test_training_lowers_the_loss(config, make_step, fresh, params, segments, pa
         state, metrics = step(state, None, put_batch(batch, mesh, rules))
         losses.append(float(metrics["loss"]))
     with jax.set_mesh(mesh):
-        logp_bt, _ = jax.jit(lambda params: token_logps(params, config, batch, rules=rules, temperature=0.9))(params)
+        logp_bt, _ = jax.jit(lambda params: token_logps(Head(config, rules, 0.9), params, batch))(params)
     np.testing.assert_allclose(losses[0], -(batch.weight_bt * logp_bt).sum() / batch.weight_bt.sum(), rtol=1e-5)
     assert losses[-1] < losses[0] - 1
