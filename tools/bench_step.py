@@ -270,7 +270,7 @@ def scaling(*_: Any) -> dict[str, Any]:
     for layers in SCALING_LAYERS:
         config, step = step_of(layers)
         state = abstract_state(config, optim, mesh, rules)
-        lowered = step.lower(state, weights.abstract(config, "float32"), rows_of(SCALING_ROWS[0]))
+        lowered = step.whole.lower(state, weights.abstract(config, "float32"), rows_of(SCALING_ROWS[0]))
         started_s = time.process_time()
         lowered.compile()
         compile_s[layers] = time.process_time() - started_s

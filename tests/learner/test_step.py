@@ -196,7 +196,9 @@ def test_the_program_does_not_grow_with_depth(config, mesh, rules):
         deep, cfg, optim = dataclasses.replace(config, num_layers=layers), GrpoConfig(), OptimConfig()
         step = make_train_step(deep, cfg, mesh, rules, optim=optim, micro_rows=2, chunk=8, remat="attention")
         batch = PackedBatch(*(jax.ShapeDtypeStruct((4, 32), x.dtype) for x in PackedBatch.empty(1, 1)))
-        text = step.lower(abstract_state(deep, optim, mesh, rules), weights.abstract(deep, "float32"), batch).as_text()
+        text = step.whole.lower(
+            abstract_state(deep, optim, mesh, rules), weights.abstract(deep, "float32"), batch
+        ).as_text()
         return re.findall(r"(?:stablehlo|mhlo|chlo|func|sdy)\.\w+", text)
 
     assert operations(6) == operations(12)
