@@ -99,16 +99,21 @@ class Cache:
         self._threads.shutdown()
 
     def stats(self) -> dict[str, int]:
-        """Requests so far: `hits`, `misses`, `shared` (joined one in flight); `errors` of entries and of the store."""
+        """Requests so far: `hits`, `misses`, `shared` (joined one under way); `errors` of entries and of the store."""
         return {name: self._counts[name] for name in ("hits", "misses", "shared", "errors")}
 
     async def through(self, request: Mapping[str, Any], ask: Callable[[], Awaitable[Value]]) -> Value:
         """The kept answer to `request`, or what `ask` says, kept for the next time. `request` is plain JSON."""
         canonical = json.dumps(request, sort_keys=True, separators=(",", ":"))
         key = hashlib.sha256(canonical.encode()).hexdigest()
-        flight = self._flights.get(key)
+        if key not in self._flights:
+            kept = await self._asked(self._get, key)
+            if kept is not None:
+                self._counts["hits"] += 1
+                return kept
+        flight = self._flights.get(key)  # one that has begun meanwhile, too
         if flight is None:
-            flight = self._flights[key] = _Flight(asyncio.create_task(self._answer(key, ask)))
+            flight = self._flights[key] = _Flight(asyncio.create_task(self._miss(key, ask)))
             flight.task.add_done_callback(lambda _: self._land(key, flight))
         else:
             self._counts["shared"] += 1
@@ -126,11 +131,7 @@ class Cache:
         if self._flights.get(key) is flight:
             del self._flights[key]
 
-    async def _answer(self, key: str, ask: Callable[[], Awaitable[Value]]) -> Value:
-        kept = await self._asked(self._get, key)
-        if kept is not None:
-            self._counts["hits"] += 1
-            return kept
+    async def _miss(self, key: str, ask: Callable[[], Awaitable[Value]]) -> Value:
         self._counts["misses"] += 1
         if self._mode == "replay":
             return Failure(FailureKind.NOT_RECORDED, "not on the tape")
