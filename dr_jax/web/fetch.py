@@ -173,7 +173,7 @@ class Fetcher:
     async def _ask(self, url: URL, want: _Want, clock: _Clock, delay_s: float) -> Response | URL | Failure:
         """The answer of one server, when it is our turn there; a URL where it redirects."""
         site = site_name(url.raw_host)
-        return await self._gate.turn(site, lambda: self._ask_now(site, url, want, clock), delay_s=delay_s)
+        return await self._gate.turn(site, self._ask_now, site, url, want, clock, delay_s=delay_s)
 
     async def _ask_now(self, site: str, url: URL, want: _Want, clock: _Clock) -> Response | URL | Failure:
         if refusal := self._breaker.admit(site):

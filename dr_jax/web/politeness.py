@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
@@ -66,8 +66,11 @@ class Gate:
         self._sites: dict[str, _Site] = {}
         self._sweep_at = _SWEEP_SITES
 
-    async def turn(self, name: str, ask: Callable[[], Awaitable[T | Failure]], *, delay_s: float = 0.0) -> T | Failure:
-        """What `ask` says, once it is its turn at site `name`; no other starts there within `delay_s` of its start."""
+    async def turn(
+        self, name: str, ask: Callable[..., Awaitable[T | Failure]], *args: Any, delay_s: float = 0.0
+    ) -> T | Failure:
+        """What `ask(*args)` says, once it is its turn at site `name`; no other starts there within `delay_s` of its
+        start."""
         site = self._site(name)
         site.visitors += 1
         try:
@@ -80,7 +83,7 @@ class Gate:
             except TimeoutError:
                 return Failure(FailureKind.RATE_LIMITED, f"no turn in {self._max_wait_s:g} s of waiting")
             try:
-                return await ask()
+                return await ask(*args)
             finally:
                 self._slots.release()
                 site.turns.release()
@@ -97,7 +100,8 @@ class Gate:
         await site.turns.acquire()
         entered = False
         try:
-            await self._pace()
+            if self._turn_is_over():
+                await self._next_turn()
             async with site.door:
                 if refusal := await self._until_open(site):
                     return refusal
@@ -109,14 +113,20 @@ class Gate:
                 site.turns.release()
         return None
 
-    async def _pace(self) -> None:
-        """Requests that begin at once give the event loop its turn between them."""
+    def _turn_is_over(self) -> bool:
+        """Whether requests that begin at once should give the event loop its turn before the next one."""
         loop = asyncio.get_running_loop()
-        while self._turn_ends_s is not None and loop.time() >= self._turn_ends_s:  # noqa: ASYNC110 - a turn of the loop is all there is to wait for
-            await asyncio.sleep(0)
         if self._turn_ends_s is None:
             self._turn_ends_s = loop.time() + _TURN_S
             loop.call_soon(self._end_turn)
+            return False
+        return loop.time() >= self._turn_ends_s
+
+    async def _next_turn(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            if not self._turn_is_over():
+                return
 
     def _end_turn(self) -> None:
         self._turn_ends_s = None
