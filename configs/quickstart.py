@@ -89,7 +89,7 @@ def get_config() -> ConfigDict:
     config.model.path = "world"
     config.model.dtype = "float32"
     config.model.remat = "mlp"  # fastest on a CPU, where memory traffic is what costs
-    config.model.attention = "blocks"  # 'splash' is the TPU's kernel
+    config.model.attention = "blocks"  # 'flash' and 'splash' are kernels for TPUs
     config.model.compiler = ConfigDict()  # its own choice
 
     config.topology = ""  # whatever is there
