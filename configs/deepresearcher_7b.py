@@ -130,7 +130,7 @@ def get_config() -> ConfigDict:
     config.batch.row_tokens = 32768
     config.batch.shorter_rows = (8192, 16384)  # attention costs the square of a row
     config.batch.micro_rows = 4  # one row a chip
-    config.batch.parts = 1  # as the reference; with max_policy_lag 1, 16 keep the chips busy (docs/benchmarks.md)
+    config.batch.parts = 1  # as the reference; with max_policy_lag 2, 16 keep the chips busy (docs/benchmarks.md)
 
     config.grpo = ConfigDict()
     config.grpo.advantage = "std"
