@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Self
 
 import aiohttp
@@ -27,18 +28,16 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 class _Want:
     """What is asked for, and what is taken for it."""
 
-    accept: str
     types: frozenset[str] | None = None  # None: any
+    headers: Mapping[str, str] | None = None  # over those of the session
     max_bytes: int | None = None  # None: that of the limits
     cut: bool = False  # a longer body is cut, not refused
 
 
-_PAGE = _Want(
-    "text/html, application/xhtml+xml, application/pdf;q=0.9, text/plain;q=0.8",
-    # "": extraction looks at the bytes
-    frozenset({"", "text/html", "application/xhtml+xml", "text/plain", "application/pdf"}),
-)
-_ROBOTS = _Want("text/plain, */*;q=0.1", max_bytes=MAX_BYTES, cut=True)
+_ACCEPT = "text/html, application/xhtml+xml, application/pdf;q=0.9, text/plain;q=0.8"
+# "": extraction looks at the bytes
+_PAGE = _Want(frozenset({"", "text/html", "application/xhtml+xml", "text/plain", "application/pdf"}))
+_ROBOTS = _Want(headers={"Accept": "text/plain, */*;q=0.1"}, max_bytes=MAX_BYTES, cut=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +108,9 @@ class Fetcher:
 
     async def __aenter__(self) -> Self:
         self._session = open_session(
-            self._policy, self._hosts, timeouts=self._limits.timeouts, contact=self._contact, lookup=self._lookup
-        )
+            self._policy, self._hosts, timeouts=self._limits.timeouts, contact=self._contact, accept=_ACCEPT,
+            lookup=self._lookup,
+        )  # fmt: skip
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -139,7 +139,8 @@ class Fetcher:
             home = home or domain(target.raw_host)
             if not leaves and domain(target.raw_host) != home:
                 return Moved(str(target), hop)
-            delay_s = await self._delay_s(target, want, clock)
+            own = not self._manners.toward_hosts and site_name(target.raw_host) in self._hosts
+            delay_s = 0.0 if own else await self._delay_s(target, want, clock)
             if isinstance(delay_s, Failure):
                 return delay_s
             step = await retry(
@@ -156,8 +157,6 @@ class Fetcher:
     async def _delay_s(self, url: URL, want: _Want, clock: _Clock) -> float | Failure:
         """Seconds between two starts at this site, or why `url` must not be asked for at all."""
         manners = self._manners
-        if not manners.toward_hosts and site_name(url.raw_host) in self._hosts:
-            return 0.0
         delay_s: float | Failure = 0.0
         if want is not _ROBOTS and manners.robots:
             delay_s = await self._robots.check(url, functools.partial(self._robots_txt, clock))
@@ -193,7 +192,7 @@ class Fetcher:
         ends_s = started_s + clock.left_s
         try:
             async with asyncio.timeout_at(min(ends_s, started_s + self._limits.timeouts.response_s)) as deadline:
-                response = await self._session.get(url, allow_redirects=False, headers={"Accept": want.accept})
+                response = await self._session.get(url, allow_redirects=False, headers=want.headers)
                 async with response:
                     deadline.reschedule(ends_s)
                     return await self._read(url, want, response)
@@ -219,7 +218,7 @@ class Fetcher:
         body = await read_body(response, want.max_bytes or self._limits.max_bytes, cut=want.cut)
         if isinstance(body, Failure):
             return body
-        return Response(str(url.with_fragment(None)), content_type, body)
+        return Response(str(url.with_fragment(None) if url.raw_fragment else url), content_type, body)
 
 
 def _retryable(failure: Failure) -> bool:

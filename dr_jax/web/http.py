@@ -47,6 +47,7 @@ def open_session(
     *,
     timeouts: Timeouts | None = None,
     contact: str = "",
+    accept: str = "*/*",
     lookup: Lookup = system_lookup,
 ) -> aiohttp.ClientSession:
     """A session that dials only what the policy allows, keeps no cookies, reads no proxy from the environment and does
@@ -63,7 +64,7 @@ def open_session(
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
-        headers={"User-Agent": agent, "Accept-Encoding": "gzip, deflate"},
+        headers={"User-Agent": agent, "Accept": accept, "Accept-Encoding": "gzip, deflate"},
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect_s, sock_read=timeouts.idle_s),
     )
 
