@@ -90,6 +90,9 @@ def get_config() -> ConfigDict:
     config.engine.prefill_chunk = 1024
     config.engine.decode_steps = 16
     config.engine.attention = "ragged"  # the TPU's kernel; 'blocks' runs anywhere
+    config.engine.compiler = ConfigDict(
+        dict(xla_tpu_scoped_vmem_limit_kib=32768)  # on-chip memory of a product: larger pieces; a v4 has 16 MiB
+    )
 
     config.model = ConfigDict()
     config.model.path = "Qwen2.5-7B-Instruct"  # a local directory

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("deepresearcher_7b.py")))["get_config"]()
     config.model.attention = "splash"  # a v4 has no room for the keys of a row
+    del config.engine.compiler["xla_tpu_scoped_vmem_limit_kib"]
     del config.model.compiler["xla_tpu_scoped_vmem_limit_kib"]  # nor for larger pieces of a product
     config.topology = "v4:4x4x4"
     config.mesh = ConfigDict(dict(data=1, fsdp=16, tensor=4))

@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
     config.engine.prefill_chunk = 128
     config.engine.decode_steps = 8
     config.engine.attention = "blocks"  # 'ragged' is the TPU's kernel
+    config.engine.compiler = ConfigDict()  # its own choice
 
     config.model = ConfigDict()
     config.model.path = "world"

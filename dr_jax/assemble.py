@@ -293,6 +293,7 @@ def engine(run: RunConfig, device: Device, host: Host) -> Engine:
         prefill_chunk=settings.prefill_chunk,
         decode_steps=settings.decode_steps,
         attention=settings.attention,
+        compiler=settings.compiler,
         decode_text=host.chat.decode,
     )
 

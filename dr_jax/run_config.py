@@ -106,6 +106,7 @@ class EngineSettings:
     prefill_chunk: int  # tokens
     decode_steps: int  # tokens decoded between two looks of the host
     attention: str  # a row of engine.decode.ATTENTION: 'blocks' anywhere, 'ragged' on TPUs
+    compiler: Mapping[str, Any]  # options of the TPU's compiler for the engine, by name; {} = its own choice
 
 
 @dataclasses.dataclass(frozen=True)

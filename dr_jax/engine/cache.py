@@ -45,17 +45,16 @@ def make(abstract: Any) -> Any:
     return jax.jit(lambda: jax.tree.map(jnp.zeros_like, abstract), out_shardings=where)()
 
 
-def places(
-    first_page: jax.Array, table_bp: jax.Array, position_bt: jax.Array, size: int
-) -> tuple[jax.Array, jax.Array]:
-    """(page, position within it) of each token; padding goes to the sink."""
+def places(table_bp: jax.Array, position_bt: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """(page of the first layer, position within it) of each token; padding goes to the sink."""
     page_bt = jnp.take_along_axis(table_bp, jnp.maximum(position_bt, 0) // size, axis=1)
-    return first_page + jnp.where(position_bt == PADDING, SINK, page_bt), position_bt % size
+    return jnp.where(position_bt == PADDING, SINK, page_bt), position_bt % size
 
 
 def write(pool: Pool, first_page: jax.Array, table_bp, position_bt, k_btkh, v_btkh) -> Pool:
     """The pool with the tokens' keys and values, of the layer that begins at `first_page`."""
-    page_bt, at_bt = places(first_page, table_bp, position_bt, pool.v_pksh.shape[2])
+    page_bt, at_bt = places(table_bp, position_bt, pool.v_pksh.shape[2])
+    page_bt += first_page
     # Only finite values are stored: a masked position has probability 0, and 0 * nan would spoil the next user.
     k_btkh, v_btkh = jnp.nan_to_num(k_btkh), jnp.nan_to_num(v_btkh)
     return Pool(

@@ -13,7 +13,7 @@ are numpy arrays, made anew for each call; the pool of pages, `kv`, is donated.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,15 +37,23 @@ class Attention(NamedTuple):
 
     pool: Any  # the letters of its arrays
     heads: int  # that an array has for each kv head: 2 where keys and values share it
-    attend: Callable[..., Attend]  # (table_bp, position_bt, layer_pages, rules)
+    attend: Callable[..., Attend]  # (table_bp, position_bt, kv, layers, rules)
 
 
 ATTENTION = {
     "blocks": Attention(
-        cache.LETTERS, 1, lambda table_bp, position_bt, pages, rules: cache.attend_blocks(table_bp, position_bt, pages)
+        cache.LETTERS, 1,
+        lambda table_bp, position_bt, kv, layers, rules: cache.attend_blocks(
+            table_bp, position_bt, kv.k_pkhs.shape[0] // layers
+        ),
     ),
-    "ragged": Attention(ragged.LETTERS, 2, ragged.attend_ragged),
-}
+    "ragged": Attention(
+        ragged.LETTERS, 2,
+        lambda table_bp, position_bt, kv_pskh, layers, rules: ragged.attend_ragged(
+            table_bp, position_bt, kv_pskh.shape[0] // layers, kv_pskh.shape[1], rules
+        ),
+    ),
+}  # fmt: skip
 MAX_STOP_IDS = 8  # per request
 
 
@@ -106,14 +114,21 @@ def abstract_pool(
     return jax.tree.map(array, way.pool)
 
 
-def build(config: ModelConfig, *, mesh: Mesh, rules: Rules, steps: int, attention: str = "blocks") -> Programs:
+def build(
+    config: ModelConfig,
+    *,
+    mesh: Mesh,
+    rules: Rules,
+    steps: int,
+    attention: str = "blocks",
+    compiler: Mapping[str, Any] | None = None,
+) -> Programs:
     """The programs for one network on one mesh. `steps` = tokens drawn between two visits to the host; `attention`
-    names a row of `ATTENTION`."""
+    names a row of `ATTENTION`; `compiler`: options for XLA, which has to know all of them."""
     way = _way(config, attention)
 
     def run(params: Params, kv: Any, table_bp, token_bt, position_bt) -> tuple[jax.Array, Any]:
-        layer_pages = jax.tree.leaves(kv)[0].shape[0] // config.num_layers
-        attend = way.attend(table_bp, position_bt, layer_pages, rules)
+        attend = way.attend(table_bp, position_bt, kv, config.num_layers, rules)
         return forward(params, config, token_bt, position_bt, attend=attend, rules=rules, cache=kv)
 
     def extend(params: Params, kv: Any, table_bp, token_bt, position_bt) -> Any:
@@ -152,10 +167,11 @@ def build(config: ModelConfig, *, mesh: Mesh, rules: Rules, steps: int, attentio
 
     placed = jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, rules.activations)), way.pool)
     copy = functools.partial(cache.copy_pages, layers=config.num_layers)
+    jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=dict(compiler or {}))
     return Programs(
-        extend=jax.jit(extend, donate_argnums=1, out_shardings=placed),
-        score=jax.jit(score, donate_argnums=1, out_shardings=(placed, None)),
-        generate=jax.jit(generate, donate_argnums=1, out_shardings=(placed, None)),
+        extend=jit(extend, out_shardings=placed),
+        score=jit(score, out_shardings=(placed, None)),
+        generate=jit(generate, out_shardings=(placed, None)),
         copy=jax.jit(copy, donate_argnums=0, out_shardings=placed),
     )
 

@@ -66,12 +66,16 @@ def truncate(logp_bv: jax.Array, top_p_b: jax.Array, top_k_b: jax.Array) -> jax.
     v = logp_bv.shape[1]
     order_bv = _ordered(logp_bv)
     k_b = jnp.where(top_k_b > 0, jnp.minimum(top_k_b, v), v)
-    threshold_b = _bisect(lambda cut_b: (order_bv >= cut_b[:, None]).sum(-1) >= k_b, logp_bv.shape[0])
+    threshold_b = _bisect(
+        (top_k_b > 0).any(), lambda cut_b: (order_bv >= cut_b[:, None]).sum(-1) >= k_b, logp_bv.shape[0]
+    )
     prob_bv = jnp.where(order_bv >= threshold_b[:, None], jnp.exp(logp_bv), 0.0)
     # Infinite where top-p is off: no cut reaches it, so the threshold stays at the bottom.
     mass_b = jnp.where(top_p_b < 1, top_p_b * prob_bv.sum(-1), jnp.inf)
     nucleus_b = _bisect(
-        lambda cut_b: jnp.where(order_bv >= cut_b[:, None], prob_bv, 0.0).sum(-1) >= mass_b, logp_bv.shape[0]
+        (top_p_b < 1).any(),
+        lambda cut_b: jnp.where(order_bv >= cut_b[:, None], prob_bv, 0.0).sum(-1) >= mass_b,
+        logp_bv.shape[0],
     )
     return jnp.where(order_bv >= jnp.maximum(threshold_b, nucleus_b)[:, None], logp_bv, -jnp.inf)
 
@@ -82,11 +86,13 @@ def _ordered(x: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _bisect(reached: Callable[[jax.Array], jax.Array], b: int) -> jax.Array:
-    """The largest uint32 cut of each row for which `reached` (true at 0, false from some cut on) still holds."""
+def _bisect(wanted: jax.Array, reached: Callable[[jax.Array], jax.Array], b: int) -> jax.Array:
+    """The largest uint32 cut of each row for which `reached` (true at 0, false from some cut on) still holds; 0 where
+    it is not `wanted`."""
 
     def try_bit(i: jax.Array, cut_b: jax.Array) -> jax.Array:
         higher_b = cut_b | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         return jnp.where(reached(higher_b), higher_b, cut_b)
 
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(b, jnp.uint32))
+    bottom_b = jnp.zeros(b, jnp.uint32)
+    return jax.lax.cond(wanted, lambda: jax.lax.fori_loop(0, 32, try_bit, bottom_b), lambda: bottom_b)

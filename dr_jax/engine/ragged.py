@@ -44,39 +44,46 @@ class Arguments(NamedTuple):
     sequences_1: jax.Array
 
 
-def arguments(table_bp: jax.Array, position_bt: jax.Array, first_page: jax.Array, size: int) -> Arguments:
-    """Every token of every row is a query: one that is padding stands behind the row's last token, reads garbage there
-    or in the sink, and nobody reads what comes of it."""
+def arguments(table_bp: jax.Array, position_bt: jax.Array, size: int) -> Arguments:
+    """Those of the first layer. Every token of every row is a query: one that is padding stands behind the row's last
+    token, reads garbage there or in the sink, and nobody reads what comes of it."""
     b, t = position_bt.shape
     first_b = jnp.where(position_bt[:, 0] == PADDING, 0, position_bt[:, 0])
     beyond = -(-t // size) if t > 1 else 0
     wider_bp = jnp.pad(table_bp, ((0, 0), (0, beyond)), constant_values=SINK)
     return Arguments(
         (first_b + t).astype(jnp.int32),
-        (wider_bp + first_page).astype(jnp.int32),
+        wider_bp.astype(jnp.int32),
         jnp.arange(b + 1, dtype=jnp.int32) * t,
         jnp.full(1, b, jnp.int32),
     )
 
 
-def write(kv_pskh: jax.Array, first_page: jax.Array, table_bp, position_bt, k_btkh, v_btkh) -> jax.Array:
+def slots(table_bp: jax.Array, position_bt: jax.Array, size: int) -> jax.Array:
+    """`bt`, where each token goes in the first layer, counted in tokens."""
+    page_bt, at_bt = places(table_bp, position_bt, size)
+    return page_bt * size + at_bt
+
+
+def write(kv_pskh: jax.Array, slot_bt: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array) -> jax.Array:
     """As `cache.write`."""
-    page_bt, at_bt = places(first_page, table_bp, position_bt, kv_pskh.shape[1])
     b, t, k, h = k_btkh.shape
     new_btkh = jnp.nan_to_num(jnp.stack([k_btkh, v_btkh], axis=3).reshape(b, t, 2 * k, h))
-    return kv_pskh.at[page_bt, at_bt].set(new_btkh, mode="promise_in_bounds")
+    by_slot = kv_pskh.reshape(-1, *kv_pskh.shape[2:])
+    return by_slot.at[slot_bt].set(new_btkh, mode="promise_in_bounds").reshape(kv_pskh.shape)
 
 
-def attend_ragged(table_bp: jax.Array, position_bt: jax.Array, layer_pages: int, rules: Rules) -> Attend:
-    """As `cache.attend_blocks`. Needs a mesh in scope, and a TPU."""
+def attend_ragged(table_bp: jax.Array, position_bt: jax.Array, layer_pages: int, size: int, rules: Rules) -> Attend:
+    """As `cache.attend_blocks`, for pages of `size` tokens. Needs a mesh in scope, and a TPU."""
     heads, kv_heads = spec("btnh", rules.activations), spec("btkh", rules.activations)
     pool, whole = spec(LETTERS, rules.activations), jax.sharding.PartitionSpec()
+    # Once, and not once a layer: a TPU takes more than a microsecond for an operation, on however few numbers.
+    slot_bt, told = slots(table_bp, position_bt, size), arguments(table_bp, position_bt, size)
 
-    def local(layer, q_btnh, k_btkh, v_btkh, kv_pskh, table_bp, position_bt):
+    def local(first_page, q_btnh, k_btkh, v_btkh, kv_pskh, slot_bt, told):
         b, t, n, h = q_btnh.shape
-        first_page, size = layer * layer_pages, kv_pskh.shape[1]
-        kv_pskh = write(kv_pskh, first_page, table_bp, position_bt, k_btkh, v_btkh)
-        told = arguments(table_bp, position_bt, first_page, size)
+        kv_pskh = write(kv_pskh, slot_bt + first_page * size, k_btkh, v_btkh)
+        told = told._replace(table_bp=told.table_bp + first_page)
         o_qnh = ragged_paged_attention(
             q_btnh.reshape(b * t, n, h), kv_pskh, *told, sm_scale=h**-0.5,
             num_kv_pages_per_block=min(max(READ // size, 1), told.table_bp.shape[1]),
@@ -92,6 +99,6 @@ def attend_ragged(table_bp: jax.Array, position_bt: jax.Array, layer_pages: int,
     )
 
     def attend(layer: jax.Array, q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, kv_pskh: jax.Array):
-        return sharded(layer, q_btnh, k_btkh, v_btkh, kv_pskh, table_bp, position_bt)
+        return sharded(layer * layer_pages, q_btnh, k_btkh, v_btkh, kv_pskh, slot_bt, told)
 
     return attend

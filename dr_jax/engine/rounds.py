@@ -7,8 +7,9 @@ them in a row whoever can draw draws, so a long prompt stalls nobody.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ListOf
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from dr_jax.engine.pages import Pages
 from dr_jax.engine.request import Request, stop_string_end
 from dr_jax.engine.sequences import Copy, Sequence, Sequences
 from dr_jax.errors import ConfigError
+from dr_jax.model import joined
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.letters import Rules
 from dr_jax.model.weights import Params, shape, shardings, tree
@@ -50,14 +52,18 @@ class Rounds:
         prefill_chunk: int,
         decode_steps: int,
         attention: str,
+        compiler: Mapping[str, Any] | None,
         decode_text: DecodeText | None,
     ):
         self._where = shardings(config, mesh, rules)
         self._shapes = tree(config, lambda row: shape(row, config))
         self._dtype = jax.tree.leaves(params)[0].dtype
+        self._join = joined.program(mesh, rules)
         self._params = self.placed(params)
         self.version = 0
-        self._programs = decode.build(config, mesh=mesh, rules=rules, steps=decode_steps, attention=attention)
+        self._programs = decode.build(
+            config, mesh=mesh, rules=rules, steps=decode_steps, attention=attention, compiler=compiler
+        )
         self._pool = decode.abstract_pool(
             config, pages=pages, page_tokens=page_tokens, attention=attention, dtype=self._dtype, mesh=mesh, rules=rules
         )
@@ -109,6 +115,7 @@ class Rounds:
         copies = jax.tree.map(
             lambda x, to: jax.device_put(x.astype(self._dtype), to, may_alias=False), params, self._where
         )
+        copies["blocks"]["attn"] = self._join(copies["blocks"]["attn"])
         return jax.block_until_ready(copies)
 
     def drop_cancelled(self) -> None:

@@ -15,8 +15,9 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -66,6 +67,7 @@ class Engine:
         prefill_chunk: int = 64,
         decode_steps: int = 8,
         attention: str = "blocks",
+        compiler: Mapping[str, Any] | None = None,
         max_waiting: int = 65_536,
         decode_text: DecodeText | None = None,
     ):
@@ -80,8 +82,9 @@ class Engine:
         self._mesh = mesh
         with jax.set_mesh(mesh):
             self._rounds = Rounds(
-                config, params, mesh=mesh, rules=rules, attention=attention, decode_text=decode_text, **sizes
-            )
+                config, params, mesh=mesh, rules=rules, attention=attention, compiler=compiler, decode_text=decode_text,
+                **sizes,
+            )  # fmt: skip
         self._waiting: list[tuple[int, int, Request]] = []  # a heap: priority, arrival
         self._arrivals = itertools.count()
         self._inbox: queue.SimpleQueue[Request | _Weights | None] = queue.SimpleQueue()
@@ -155,7 +158,8 @@ class Engine:
         """
         if self._closed:
             raise DrJaxError(self._closed)
-        params, done = self._rounds.placed(params), Future()
+        with jax.set_mesh(self._mesh):  # as at the start, or the same program would be compiled again
+            params, done = self._rounds.placed(params), Future()
         with self._admission:
             if self._closed:
                 raise DrJaxError(self._closed)

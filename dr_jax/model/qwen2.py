@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from dr_jax.errors import ConfigError
-from dr_jax.model import attention
+from dr_jax.model import attention, joined
 from dr_jax.model.attention import Attend
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.letters import Rules, constrain, spec
@@ -56,19 +56,37 @@ class RmsNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with biased q, k, v and rotary positions. Where keys come from is `attend`'s business."""
 
-    def __init__(self, params: Params):
+    def __init__(self, params: Params, config: ModelConfig):
         for name, value in params.items():
             setattr(self, name, nnx.Param(value))
+        self.config = config
 
     def __call__(self, x_btd, angles_bth, attend: Attend, layer: jax.Array, cache: Any, rules: Rules):
-        q_btnh = _times(x_btd, self.q[...], rules) + self.q_bias[...][None, None]
-        k_btkh = _times(x_btd, self.k[...], rules) + self.k_bias[...][None, None]
-        v_btkh = _times(x_btd, self.v[...], rules) + self.v_bias[...][None, None]
+        q_btnh, k_btkh, v_btkh = self.heads(x_btd, rules)
         q_btnh = checkpoint_name(constrain(_rotate(q_btnh, angles_bth), "btnh", rules), "q_btnh")
         k_btkh = checkpoint_name(constrain(_rotate(k_btkh, angles_bth), "btkh", rules), "k_btkh")
         v_btkh = checkpoint_name(constrain(v_btkh, "btkh", rules), "v_btkh")
         o_btnh, cache = attend(layer, q_btnh, k_btkh, v_btkh, cache)
-        return _times(constrain(o_btnh, "btnh", rules), self.o[...], rules, over=2), cache
+        return self.out(constrain(o_btnh, "btnh", rules), rules), cache
+
+    def heads(self, x_btd: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q_btnh = _times(x_btd, self.q[...], rules) + self.q_bias[...][None, None]
+        k_btkh = _times(x_btd, self.k[...], rules) + self.k_bias[...][None, None]
+        v_btkh = _times(x_btd, self.v[...], rules) + self.v_bias[...][None, None]
+        return q_btnh, k_btkh, v_btkh
+
+    def out(self, o_btnh: jax.Array, rules: Rules) -> jax.Array:
+        return _times(o_btnh, self.o[...], rules, over=2)
+
+
+class JoinedAttention(Attention):
+    """The same with an engine's weights, see `joined`."""
+
+    def heads(self, x_btd: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return joined.split(_times(x_btd, self.qkv[...], rules) + self.qkv_bias[...][None, None], self.config)
+
+    def out(self, o_btnh: jax.Array, rules: Rules) -> jax.Array:
+        return _times(o_btnh.reshape(*o_btnh.shape[:2], -1), self.o[...], rules)
 
 
 class Mlp(nnx.Module):
@@ -89,7 +107,8 @@ class Block(nnx.Module):
 
     def __init__(self, params: Params, config: ModelConfig):
         self.attn_norm = RmsNorm(params["attn_norm"], config.rms_eps)
-        self.attn = Attention(params["attn"])
+        kind = JoinedAttention if "qkv" in params["attn"] else Attention
+        self.attn = kind(params["attn"], config)
         self.mlp_norm = RmsNorm(params["mlp_norm"], config.rms_eps)
         self.mlp = Mlp(params["mlp"])
 
@@ -152,8 +171,15 @@ def _times(x: jax.Array, weight: jax.Array, rules: Rules, over: int = 1) -> jax.
         return jnp.tensordot(x, weight, axes=over)
     b, t = x.shape[:2]
     inner = math.prod(weight.shape[:over])
-    product = x.reshape(b * t, inner) @ weight.reshape(inner, -1)
+    alone = _alone if t == 1 else lambda x: x
+    product = alone(alone(x.reshape(b * t, inner)) @ weight.reshape(inner, -1))
     return product.reshape(b, t, *weight.shape[over:])
+
+
+def _alone(x: jax.Array) -> jax.Array:
+    """`x`, with which a TPU fuses nothing. It would run what comes before a product of few rows anew for each piece of
+    the weights, and bring the weights into whatever layout suits what comes after."""
+    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:

@@ -25,7 +25,7 @@ from dr_jax.errors import ConfigError
 from dr_jax.learner import handover
 from dr_jax.learner.state import TrainState, abstract_state
 from dr_jax.learner.step import make_train_step
-from dr_jax.model import letters, weights
+from dr_jax.model import joined, letters, weights
 from dr_jax.model.config import ModelConfig
 from dr_jax.model.weights import Params
 from dr_jax.plan import kernels
@@ -125,7 +125,7 @@ def resident(s: Setup) -> Resident:
         batch=PackedBatch(
             *(jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows) for x in PackedBatch.empty(1, 1))
         ),
-        engine_params=_params(s.model, dtype, s.engine, letters.DEFAULT_RULES),
+        engine_params=_engine_params(s, dtype),
         kv_cache=decode.abstract_pool(
             s.model, pages=pages, page_tokens=cache.PAGE, attention=run.engine.attention, dtype=dtype, mesh=s.engine,
             rules=letters.DEFAULT_RULES,
@@ -143,8 +143,9 @@ def programs(s: Setup) -> list[Program]:
     )  # fmt: skip
     there, settings = resident(s), run.engine
     engine = decode.build(
-        s.model, mesh=s.engine, rules=letters.DEFAULT_RULES, steps=settings.decode_steps, attention=settings.attention
-    )
+        s.model, mesh=s.engine, rules=letters.DEFAULT_RULES, steps=settings.decode_steps, attention=settings.attention,
+        compiler=settings.compiler,
+    )  # fmt: skip
     everywhere = NamedSharding(s.engine, PartitionSpec())
 
     def numbers(*shape: int) -> jax.ShapeDtypeStruct:
@@ -194,6 +195,12 @@ def _paged(s: Setup, rows: int, tokens: int, steps: int = 1) -> Work | None:
     per_position = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(s.run.model.dtype).itemsize
     scores = times * rows * tokens * settings.context
     return Work(flops=4 * scores * model.num_heads * model.head_dim, hbm_bytes=positions * per_position)
+
+
+def _engine_params(s: Setup, dtype: Any) -> Params:
+    params = _params(s.model, dtype, s.engine, letters.DEFAULT_RULES)
+    params["blocks"]["attn"] = joined.program(s.engine, letters.DEFAULT_RULES).eval_shape(params["blocks"]["attn"])
+    return params
 
 
 def _params(model: ModelConfig, dtype: Any, mesh: AnyMesh, rules: letters.Rules) -> Params:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dr_jax.engine import decode
-from dr_jax.model import letters, weights
+from dr_jax.model import joined, letters, weights
 from dr_jax.plan.estimate import GIB, KERNEL_EFFICIENCY, Compiled, Traced, bytes_per_chip, compile_for, trace
 from dr_jax.plan.programs import Program, Resident, Setup, programs, resident
 
@@ -150,11 +150,15 @@ def shapes(plan: Plan) -> str:
     """Every array that outlives a program: shape, letters, placement and bytes a chip."""
     setup, there = plan.setup, plan.resident
     rows = [("array", "shape", "letters", "placement", "bytes a chip")]
-    places = [("params", there.state.params, setup.rules), ("engine", there.engine_params, letters.DEFAULT_RULES)]
-    for owner, tree, rules in places:
-        for row in weights.rows(setup.model):
-            leaf = functools.reduce(dict.__getitem__, row.path.split("/"), tree)
-            rows.append(_shape_row(f"{owner}/{row.path}", leaf, row.letters, letters.spec(row.letters, rules.weights)))
+    learners = {row.path: row.letters for row in weights.rows(setup.model)}
+    places = [
+        ("params", there.state.params, learners, setup.rules),
+        ("engine", there.engine_params, joined.letters(setup.model), letters.DEFAULT_RULES),
+    ]
+    for owner, tree, by_path, rules in places:
+        for path, row_letters in by_path.items():
+            leaf = functools.reduce(dict.__getitem__, path.split("/"), tree)
+            rows.append(_shape_row(f"{owner}/{path}", leaf, row_letters, letters.spec(row_letters, rules.weights)))
     pool = decode.ATTENTION[setup.run.engine.attention].pool
     for leaf, row_letters in zip(*map(jax.tree.leaves, (there.kv_cache, pool)), strict=True):
         spec = letters.spec(row_letters, letters.DEFAULT_RULES.activations)

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from dr_jax.engine import cache as kv
-from dr_jax.engine.ragged import arguments, write
+from dr_jax.engine.ragged import arguments, slots, write
 
 PAGES, SIZE, N, K, H = 24, 16, 4, 2, 8
 TABLE = np.arange(1, 1 + PAGES, dtype=np.int32).reshape(3, 8)[:, ::-1].copy()
@@ -40,9 +40,10 @@ def test_the_kernel_is_told_what_the_walk_computes(position_bt):
         jax.random.normal(k, (b, t, heads, H)) for k, heads in zip(key[1:], (N, K, K), strict=True)
     )
     want_btnh, pool = kv.attend_blocks(table_bp, position_bt, first_page)(jnp.int32(1), q_btnh, k_btkh, v_btkh, pool)
-    written = write(kv_pskh, first_page, table_bp, position_bt, k_btkh, v_btkh)
+    written = write(kv_pskh, slots(table_bp, position_bt, SIZE) + first_page * SIZE, k_btkh, v_btkh)
     np.testing.assert_array_equal(written[:, :, ::2].transpose(0, 2, 3, 1), pool.k_pkhs)
     np.testing.assert_array_equal(written[:, :, 1::2].transpose(0, 2, 1, 3), pool.v_pksh)
-    told = arguments(table_bp, position_bt, jnp.int32(first_page), SIZE)
+    told = arguments(table_bp, position_bt, SIZE)
+    told = told._replace(table_bp=told.table_bp + first_page)
     got_qnh = ref_ragged_paged_attention(q_btnh.reshape(b * t, N, H), written, *told, sm_scale=H**-0.5)
     np.testing.assert_allclose(got_qnh.reshape(b, t, N, H)[there], want_btnh[there], atol=1e-5)
