@@ -67,9 +67,7 @@ def test_a_step_in_parts_is_planned_as_the_programs_that_run(setup, read_config)
 
 
 def test_the_engine_s_kernel_reads_the_context_of_every_row(read_config):
-    changes = {
-        "engine.context": 8192, "engine.pages": 4096, "batch.row_tokens": 8192, "batch.shorter_rows": (),
-    }  # fmt: skip
+    changes = {"engine.context": 8192, "engine.pages": 4096, "batch.row_tokens": 8192}
     setup = programs.setup(read_config("deepresearcher_7b_v5p128", **changes), compiler=False)
     decode = next(program for program in programs.programs(setup) if program.name == "decode")
     assert decode.paged.hbm_bytes == 16 * 64 * 8192 * 57_344 / 4  # steps, rows, positions, bytes of one, chips
