@@ -255,13 +255,15 @@ def exported(workdir: pathlib.Path):
 
 
 @pytest.mark.slow
-def test_two_hosts_train_what_one_process_trains_and_stop_and_go_on(tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_hosts_train_what_one_process_trains_and_stop_and_go_on(parts, tmp_path):
     import jax
 
-    assert train.main(["train", *SETTINGS, f"--workdir={tmp_path / 'one'}"]) == 0
+    in_parts = f"--config.batch.parts={parts}"
+    assert train.main(["train", *SETTINGS, in_parts, f"--workdir={tmp_path / 'one'}"]) == 0
     two = tmp_path / "two"
     for attempt, more in enumerate((["--stop_after=1"], [])):
-        with two_hosts([*TRAIN, f"--workdir={two}", *more], tmp_path / f"logs{attempt}") as processes:
+        with two_hosts([*TRAIN, in_parts, f"--workdir={two}", *more], tmp_path / f"logs{attempt}") as processes:
             assert wait(processes, START_S) == [0, 0], (tmp_path / f"logs{attempt}" / "0.log").read_text()
     rows, wanted = (metrics.read(path / "metrics.jsonl") for path in (two, tmp_path / "one"))
     assert [row["step"] for row in rows] == [0, 1, 2]
