@@ -131,7 +131,7 @@ def get_config() -> ConfigDict:
     config.batch = ConfigDict()
     config.batch.rows = 4096  # questions x rollouts: an episode always fits
     config.batch.row_tokens = 32768
-    config.batch.shorter_rows = (8192, 16384)  # attention costs the square of a row
+    config.batch.shorter_rows = ()  # rows of one length are filled best (docs/benchmarks.md, Rollouts)
     config.batch.micro_rows = 4  # one row a chip
     config.batch.parts = 1  # as the reference; with max_policy_lag 2, 16 keep the chips busy (docs/benchmarks.md)
 

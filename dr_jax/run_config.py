@@ -122,7 +122,8 @@ class Model:
 class Batch:
     rows: int  # packed rows of one step, all hosts together
     row_tokens: int
-    shorter_rows: tuple[int, ...]  # tokens, rising: lengths of row beside row_tokens for what fits; () = none
+    shorter_rows: tuple[int, ...]  # tokens, rising: lengths of row beside row_tokens for what fits; () = none. They
+    # save attention where it is paid by the row ('splash'), and are filled less well
     micro_rows: int  # rows of one gradient-accumulation step; of shorter rows as many more as make up its tokens
     parts: (
         int  # of a step's groups: each is learned once its episodes have ended, the others still run; 1 = all at once

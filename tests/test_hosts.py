@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import resource
+import runpy
 import signal
 import sys
 import time
@@ -13,11 +15,13 @@ import time
 import numpy as np
 import pytest
 
-from dr_jax import hosts, metrics, train
+from dr_jax import hosts, metrics, run_config, train
 from dr_jax.errors import ConfigError
 from dr_jax.model import hf
 from dr_jax.model.config import ModelConfig
+from dr_jax.update import Update
 from tests.hosts_world import two_hosts, wait
+from tests.test_update import group
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 SETTINGS = [
@@ -40,9 +44,10 @@ START_S = 300  # what a busy machine may take to get there
 
 
 def learner_steps(process: int | None = None, coordinator: str = "") -> dict:
-    """What two train steps and a hand-over give on eight devices, in one process or as one of two."""
+    """What two train steps, a third in parts and a hand-over give on eight devices, in one process or as one of two."""
     import jax
 
+    from dr_jax.assemble import Device
     from dr_jax.batch import PackedBatch
     from dr_jax.learner import handover
     from dr_jax.learner.grpo import GrpoConfig
@@ -54,7 +59,7 @@ def learner_steps(process: int | None = None, coordinator: str = "") -> dict:
     if coordinator:
         jax.distributed.initialize(coordinator, 2, process)
     config = ModelConfig(
-        vocab_size=96, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4,
+        vocab_size=200, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4,
         rope_scaling=None, rms_eps=1e-6, tie_embeddings=True, max_positions=64,
     )  # fmt: skip
     rng = np.random.default_rng(1)
@@ -66,7 +71,8 @@ def learner_steps(process: int | None = None, coordinator: str = "") -> dict:
     shardings = weights.shardings(config, mesh, rules)
     params = jax.tree.map(lambda x, to: jax.make_array_from_callback(x.shape, to, lambda at: x[at]), whole, shardings)
     state = init_state(params, config, optim, mesh, rules)
-    step = make_train_step(config, GrpoConfig(kl_coef=0.0), mesh, rules, optim=optim, micro_rows=4, chunk=8)
+    grpo = GrpoConfig(kl_coef=0.0)
+    step = make_train_step(config, grpo, mesh, rules, optim=optim, micro_rows=4, chunk=8)
     batch = PackedBatch.empty(8, 32)
     for row in range(7):  # the second host is short of a row
         n = 6 + 3 * row
@@ -79,14 +85,35 @@ def learner_steps(process: int | None = None, coordinator: str = "") -> dict:
     for _ in range(2):
         state, values = step(state, None, put_batch(mine, mesh, rules))
         said.append({name: float(value) for name, value in jax.device_get(values).items()})
-    here = handover.across_hosts(config, handover.engines(2), "float32")(state.params)
+    engines = handover.engines(2)
+    to_engine = handover.across_hosts(config, engines, "float32")
+    device = Device(config, mesh, rules, params, handover.here(engines), to_engine, grpo, optim)
+    state, values, waiting = step_in_parts(device, state)
+    said.append(values)
+    here = to_engine(state.params)
     assert all(leaf.is_fully_addressable and len(leaf.sharding.device_set) == 2 for leaf in jax.tree.leaves(here))
     return {
         "metrics": said,
+        "waiting": waiting,
         "params": jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), here),
         "gathered": hosts.gather({"host": jax.process_index(), "text": "x" * 100 * jax.process_index()}),
         "total": hosts.total({"calls": 1.0 + jax.process_index()}),
     }
+
+
+def step_in_parts(device, state) -> tuple:
+    """A step of this host's groups in three parts: the state, its metrics, and after each `add` how many rollouts wait.
+    A micro-batch takes two rows of each of two hosts, and the second's rollouts are short."""
+    run = run_config.resolve(runpy.run_path(str(QUICKSTART))["get_config"]().to_dict())
+    batch = dataclasses.replace(run.batch, rows=16, row_tokens=32, micro_rows=4, parts=3)
+    update, waiting = Update(dataclasses.replace(run, batch=batch), device), []
+    long, short = [group(row, 30, 20, 14) for row in range(3)], [group(row, 12, 9, 7) for row in range(3, 6)]
+    mine = hosts.share([*long, *short])
+    *first, last = np.array_split(np.arange(len(mine)), batch.parts)
+    for part in first:
+        update.add(state, [mine[i] for i in part])
+        waiting.append(len(update._waiting))
+    return *update.finish(state, [mine[i] for i in last]), waiting
 
 
 def test_two_hosts_learn_what_one_process_learns_and_each_gets_all_weights(tmp_path):
@@ -105,6 +132,9 @@ def test_two_hosts_learn_what_one_process_learns_and_each_gets_all_weights(tmp_p
         assert [one["host"] for one in got["gathered"]] == [0, 1]
         assert [len(one["text"]) for one in got["gathered"]] == [0, 100]
         assert got["total"] == {"calls": 3.0}
+        # A micro-batch is learned once both hosts can fill it: in the second part two rows of the first host (two
+        # rollouts of 30 tokens), and all six rollouts of the second.
+        assert got["waiting"] == [[3, 4], [3, 0]][host]
 
 
 def flat(tree, path=""):
@@ -225,13 +255,15 @@ def exported(workdir: pathlib.Path):
 
 
 @pytest.mark.slow
-def test_two_hosts_train_what_one_process_trains_and_stop_and_go_on(tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_hosts_train_what_one_process_trains_and_stop_and_go_on(parts, tmp_path):
     import jax
 
-    assert train.main(["train", *SETTINGS, f"--workdir={tmp_path / 'one'}"]) == 0
+    in_parts = f"--config.batch.parts={parts}"
+    assert train.main(["train", *SETTINGS, in_parts, f"--workdir={tmp_path / 'one'}"]) == 0
     two = tmp_path / "two"
     for attempt, more in enumerate((["--stop_after=1"], [])):
-        with two_hosts([*TRAIN, f"--workdir={two}", *more], tmp_path / f"logs{attempt}") as processes:
+        with two_hosts([*TRAIN, in_parts, f"--workdir={two}", *more], tmp_path / f"logs{attempt}") as processes:
             assert wait(processes, START_S) == [0, 0], (tmp_path / f"logs{attempt}" / "0.log").read_text()
     rows, wanted = (metrics.read(path / "metrics.jsonl") for path in (two, tmp_path / "one"))
     assert [row["step"] for row in rows] == [0, 1, 2]

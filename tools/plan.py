@@ -2,9 +2,10 @@
 
     python tools/plan.py --config=configs/deepresearcher_7b_v5p128.py [--json] [--shapes] [--nocompile] [--layout]
 
-Compiles learner step, prefill, decode and weight hand-over for `config.topology`, from the config alone: no weights, no
-TPU. The compiler is `pip install libtpu`; without it only the arithmetic part is printed. `--layout` prints what lies
-where and nothing else: tests/golden has it for every config, so that a change of sharding can be read.
+Compiles learner step (in two programs where `config.batch.parts` is above 1), prefill, decode and weight hand-over for
+`config.topology`, from the config alone: no weights, no TPU. The compiler is `pip install libtpu`; without it only the
+arithmetic part is printed. `--layout` prints what lies where and nothing else: tests/golden has it for every config, so
+that a change of sharding can be read.
 """
 
 from __future__ import annotations

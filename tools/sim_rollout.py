@@ -3,11 +3,11 @@
 Hours take seconds: nothing waits in real time, and the same seed gives the same run. What is modelled, and from what:
 
     chips      peak FLOPs and HBM bandwidth of `dr_jax.chips`; a chip runs one program at a time, the learner's too
-    decode     the bytes it must read (weights once a step, the cache of each sequence), times `Costs.decode_over_floor`
-    prefill    its FLOPs at `plan.estimate.KERNEL_EFFICIENCY` of the peak; siblings share a prompt, a turn prefills what
-               is new, and after a change of weights the whole history of an episode is prefilled again
-    learner    forward, backward and the reference's forward of whole micro-batches, as `Costs.learner_mfu` says, on all
-               chips at once; episodes are placed in rows by the real packer, and what rows lack is paid too
+    programs   their seconds as `sim_costs.py` says
+    prefill    siblings share a prompt, a turn prefills what is new, and after a change of weights the whole history of
+               an episode is prefilled again
+    learner    whole micro-batches, on all chips at once; episodes are placed in rows by the real packer, and what rows
+               lack is paid too
     policy     tool calls, turns and observations as in `Load`, the same for every way of scheduling
     web        log-normal latency, some of it failing after the tool's last second, as in `Load`
 """
@@ -18,74 +18,19 @@ import asyncio
 import bisect
 import collections
 import dataclasses
-import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import numpy as np
+from sim_costs import Costs
 
-from dr_jax import chips
 from dr_jax.agent.transcript import seed_of
-from dr_jax.model import weights
-from dr_jax.model.config import QWEN2_5
-from dr_jax.plan.estimate import KERNEL_EFFICIENCY
 from dr_jax.records import Call, Episode, Finish, Question, Role, StopReason
 from dr_jax.rollout.pack import place
 from dr_jax.rollout.scheduler import Scheduler
-
-_MODEL = QWEN2_5["7B"]
-_PARAMS = weights.count(_MODEL)
-_MULTIPLIED = _PARAMS - _MODEL.vocab_size * _MODEL.d_model  # looking a token up multiplies nothing
-_WEIGHT_BYTES = 2 * _PARAMS  # bfloat16, as the KV cache
-_KV_BYTES = 2 * 2 * _MODEL.num_layers * _MODEL.num_kv_heads * _MODEL.head_dim  # of one token
-_ATTENTION_FLOPS = 4 * _MODEL.num_layers * _MODEL.num_heads * _MODEL.head_dim  # of one token for one before it
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """Seconds of each program for the 7B; an engine spans the chips of one host."""
-
-    topology: str = "v5p:4x4x4"  # configs/deepresearcher_7b_v5p128.py
-    decode_over_floor: float = 1.5  # the goal set for the engine (docs/benchmarks.md says how far it is)
-    rows: tuple[int, ...] = (32768,)  # lengths of the learner's rows, in tokens, rising
-    learner_mfu: float = 0.7865  # tools/plan.py for this slice at 32,768 tokens a row (docs/benchmarks.md)
-
-    @functools.cached_property
-    def piece(self) -> chips.Slice:
-        return chips.find(self.topology)
-
-    @property
-    def hosts(self) -> int:
-        return self.piece.chips // self.piece.chip.host_chips
-
-    def decode_s(self, kv_tokens: int) -> float:
-        """One token of each sequence, where the sequences hold `kv_tokens` together."""
-        chip = self.piece.chip
-        floor_s = (_WEIGHT_BYTES + kv_tokens * _KV_BYTES) / (chip.hbm_bytes_per_s * chip.host_chips)
-        return self.decode_over_floor * floor_s
-
-    def prefill_s(self, tokens: int, token_pairs: float) -> float:
-        """`tokens` new ones that look at `token_pairs` (token, earlier token) pairs."""
-        chip = self.piece.chip
-        flops = 2 * _PARAMS * tokens + _ATTENTION_FLOPS * token_pairs
-        read_s = _WEIGHT_BYTES / (chip.hbm_bytes_per_s * chip.host_chips)
-        return max(flops / (chip.flops_per_s * chip.host_chips * KERNEL_EFFICIENCY), read_s)
-
-    def learner_s(self, micro_batches: Sequence[int]) -> float:
-        """So many micro-batches of each of `rows`, all tokens of a row attended to as if it were one."""
-        flops = 0.0
-        for length, count in zip(self.rows, micro_batches, strict=True):
-            passes = 4  # forward, twice that on the way back, and the reference's forward
-            per_token = passes * (2 * _MULTIPLIED + _ATTENTION_FLOPS * length / 2)
-            flops += count * self.piece.chips * self.rows[-1] * per_token
-        return flops / (self.piece.chip.flops_per_s * self.piece.chips * self.learner_mfu)
-
-    def micro_rows(self, length: int) -> int:
-        """Of `length`, those that a host brings to a micro-batch: each chip has the tokens of a longest row."""
-        return self.piece.chip.host_chips * self.rows[-1] // length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +207,7 @@ class Pod:
         self.meet = asyncio.Barrier(costs.hosts)
         self._lengths: list[list[int]] = [[] for _ in self.chips]  # of each host's episodes that are to be learned
         self._placed: list[tuple[list[list[int]], ...]] = [() for _ in self.chips]
+        self._attended: list[list[list[int]]] = [[] for _ in self.chips]  # by lengths of row: of each micro-batch
         self._prompts: set[tuple[int, str, int]] = set()
 
     def questions(self, host: int, step: int) -> list[Question]:
@@ -303,16 +249,24 @@ class Pod:
         sizes = [self.costs.micro_rows(length) for length in self.costs.rows]
         filled = [[len(rows) for rows in everywhere] for everywhere in zip(*self._placed, strict=True)]
         counts = [-(-max(n) // size) if last else min(n) // size for n, size in zip(filled, sizes, strict=True)]
-        ready = [row for rows, n, size in zip(placed, counts, sizes, strict=True) for row in rows[: n * size]]
+        ready = [rows[: n * size] for rows, n, size in zip(placed, counts, sizes, strict=True)]
+        self._attended[host] = [
+            self.costs.attended([[lengths[number] for number in row] for row in rows], length)
+            for rows, length in zip(ready, self.costs.rows, strict=True)
+        ]
         await self.meet.wait()
-        done = list(itertools.chain(*ready))
+        side_by_side = (
+            itertools.zip_longest(*everywhere, fillvalue=0) for everywhere in zip(*self._attended, strict=True)
+        )
+        micro_batches = [max(pairs) for each in side_by_side for pairs in each]
+        done = [number for rows in ready for row in rows for number in row]
         self._lengths[host] = [] if last else np.delete(lengths, done).tolist()
         if not (any(counts) or last):
             return
         async with self.chips[host].free:
             await self.meet.wait()
             start_s = asyncio.get_running_loop().time()
-            await self.chips[host].work(self.costs.learner_s(counts), "learner")
+            await self.chips[host].work(self.costs.learner_s(micro_batches), "learner")
             if last:
                 self.engines[host].version = step + 1
         await self.meet.wait()

@@ -1,12 +1,12 @@
 """Attention over packed rows as TPU kernels of our own: the values of `attention.packed`, faster than `splash`.
 
 A row's keys and values stay in on-chip memory while its blocks of queries pass, so a block goes over just the blocks of
-keys that it sees, from where its first segment begins: no step is taken to find out that there is nothing to do, and
-packed episodes do not pay for each other. Only blocks in which something is hidden are masked. The backward pass is one
-kernel of five products, where splash has two with seven: the gradients of keys and values stay on the chip as well, and
-are added up in f32. It asks for 12 bytes a token and channel of a head, 48 MiB for 32,768 tokens: a v5e, v5p and v6e
-have it, a v4 has not. Scores are in base 2, whose exponential the chip computes. Source: FlashAttention-2,
-arXiv:2307.08691.
+keys that it sees, from where its first segment begins: no step is taken to find out that there is nothing to do,
+packed episodes do not pay for each other, and each block of padding goes over itself alone. Only blocks in which
+something is hidden are masked. The backward pass is one kernel of five products, where splash has two with seven: the
+gradients of keys and values stay on the chip as well, and are added up in f32. It asks for 12 bytes a token and channel
+of a head, 48 MiB for 32,768 tokens: a v5e, v5p and v6e have it, a v4 has not. Scores are in base 2, whose exponential
+the chip computes. Source: FlashAttention-2, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def packed(segment_bt: jax.Array, rules: Rules, *, interpret: bool = False) -> A
 
 
 def _begins(segment_bt: jax.Array) -> jax.Array:
-    """Where the segment of each token begins: what it sees lies between there and itself."""
-    starts_bt = jnp.pad(segment_bt[:, 1:] != segment_bt[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    """Where the segment of each token begins: what it sees lies between there and itself. Padding sees itself alone."""
+    changes_bt = jnp.pad(segment_bt[:, 1:] != segment_bt[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts_bt = changes_bt | (segment_bt == 0)
     return jax.lax.cummax(jnp.where(starts_bt, jnp.arange(segment_bt.shape[1], dtype=jnp.int32)[None], 0), axis=1)
 
 

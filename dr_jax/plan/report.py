@@ -15,7 +15,7 @@ from dr_jax.model import joined, letters, weights
 from dr_jax.plan.estimate import GIB, KERNEL_EFFICIENCY, Compiled, Traced, bytes_per_chip, compile_for, trace
 from dr_jax.plan.programs import Program, Resident, Setup, programs, resident
 
-LEARNER = "learner_step"
+LEARNER, UPDATE = "learner_step", "learner_update"  # the second where a step comes in parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,8 @@ def hbm_gib(plan: Plan) -> dict[str, float]:
         "batch": bytes_per_chip(there.batch),
         "activations": _activation_bytes(plan),
     }
+    if there.gradients is not None:
+        kinds["gradients"] = bytes_per_chip(there.gradients)
     worst = max((compiled.temp_bytes for compiled in plan.compiled.values()), default=0)
     kinds["temporaries"] = max(worst - kinds["activations"], 0)
     if plan.compiled:  # where another program is the most demanding, what the learner stores is part of it
@@ -65,7 +67,7 @@ def hbm_gib(plan: Plan) -> dict[str, float]:
 
 def summary(plan: Plan, config: str) -> dict[str, Any]:
     """The object of `--json`: figures are None where no compiler was there to give them."""
-    hbm, learner = hbm_gib(plan), plan.compiled.get(LEARNER)
+    hbm = hbm_gib(plan)
     failed = any(compiled.failure for compiled in plan.compiled.values())
     known = bool(plan.compiled) and not failed
     return {
@@ -74,9 +76,9 @@ def summary(plan: Plan, config: str) -> dict[str, Any]:
         "chips": plan.setup.piece.chips,
         "fits": (hbm["total"] <= hbm["limit"]) if known else (False if failed else None),
         "hbm_gib_per_chip": {kind: round(size, 3) for kind, size in hbm.items()},
-        "predicted_step_s": round(learner.step_s, 3) if known else None,
+        "predicted_step_s": round(_step_s(plan), 3) if known else None,
         "predicted_mfu": round(mfu(plan), 4) if known else None,
-        "collective_gb_per_chip": round(_wire(learner) / 1e9, 3) if known else None,
+        "collective_gb_per_chip": round(sum(map(_wire, _step(plan))) / 1e9, 3) if known else None,
         "compile_s": round(sum(each.compile_s for each in plan.compiled.values()), 1) if plan.compiled else None,
         "programs": {name: _program(plan, name) for name in plan.programs},
     }
@@ -85,7 +87,7 @@ def summary(plan: Plan, config: str) -> dict[str, Any]:
 def mfu(plan: Plan) -> float:
     """Model FLOPs of the learner step over what the chips could do in the predicted time. See `model_flops`."""
     piece = plan.setup.piece
-    share = model_flops(plan.setup) / (plan.compiled[LEARNER].step_s * piece.chips * piece.chip.flops_per_s)
+    share = model_flops(plan.setup) / (_step_s(plan) * piece.chips * piece.chip.flops_per_s)
     if share > 1:
         raise AssertionError(f"MFU of {share:.0%}: faster than the chips; the compiled module was not read whole")
     return share
@@ -112,10 +114,11 @@ def advice(plan: Plan) -> str:
         "optimizer": "raise config.mesh.fsdp (a larger slice)",
         "reference": "raise config.mesh.fsdp, or set config.grpo.kl_coef=0",
         "batch": "lower config.batch.rows",
+        "gradients": "set config.batch.parts=1",
         "activations": "lower config.batch.micro_rows, or set config.model.remat='full'",
         "temporaries": "lower config.batch.micro_rows, config.engine.prefill_rows or config.batch.row_tokens",
     }
-    largest = sorted(remedies, key=hbm.__getitem__, reverse=True)[:2]
+    largest = sorted(filter(hbm.__contains__, remedies), key=hbm.__getitem__, reverse=True)[:2]
     return "; ".join(f"{kind} ({hbm[kind]:.1f} GiB): {remedies[kind]}" for kind in largest)
 
 
@@ -195,6 +198,15 @@ def _activation_bytes(plan: Plan) -> int:
     width = d + (attended + extra[run.model.remat] if run.model.remat in extra else 0)
     tokens = share(run.batch.micro_rows, "b") * run.batch.row_tokens
     return tokens * width * model.num_layers * jnp.dtype(run.model.dtype).itemsize
+
+
+def _step(plan: Plan) -> list[Compiled]:
+    """The compiled programs that a step of the learner runs."""
+    return [plan.compiled[name] for name in (LEARNER, UPDATE) if name in plan.compiled]
+
+
+def _step_s(plan: Plan) -> float:
+    return sum(each.step_s for each in _step(plan))
 
 
 def _wire(compiled: Compiled) -> float:

@@ -44,9 +44,10 @@ def test_values_and_gradients_are_those_of_packed_attention(value_and_grads, sid
 def test_a_block_goes_over_what_its_segments_may_see_and_masks_only_where_something_is_hidden():
     spans = np.asarray(flash._spans(flash._begins(SEGMENT_BT), 128))
     first, whole = spans[:, 0].tolist(), spans[:, 1].tolist()
-    assert first == [[0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 3]]
-    # Row 0: the last block lies in one segment, which begins inside block 1; row 3: the last one sees itself alone.
-    assert whole == [[0, 1, 2, 2], [0, 0, 0, 0], [0, 1, 2, 2], [0, 1, 2, 3]]
+    assert first == [[0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 2, 3], [0, 0, 1, 3]]
+    # Row 0: the last block lies in one segment, which begins inside block 1; row 3: the last one sees itself alone, as
+    # does each block of padding (row 2).
+    assert whole == [[0, 1, 2, 2], [0, 0, 0, 0], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_a_head_may_be_narrower_than_a_tile():

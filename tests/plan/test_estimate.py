@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -107,3 +109,20 @@ def test_a_run_compiled_for_a_tpu(tiny):
     for name, program in said["programs"].items():
         assert program["predicted_s"] >= program["ideal_s"], name
     assert 0 < said["predicted_mfu"] < 1
+
+
+@pytest.mark.slow
+def test_a_step_in_parts_compiled_for_a_tpu(tiny):
+    """The sums are added to where they lie, and then the state is changed where it lies."""
+    if not programs.has_compiler():
+        pytest.skip("needs the TPU compiler: pip install libtpu")
+    parts = dataclasses.replace(tiny, batch=dataclasses.replace(tiny.batch, parts=2))
+    plan = report.make(programs.setup(parts, compiler=True), compiler=True)
+    there, compiled = plan.resident, plan.compiled
+    assert compiled[report.LEARNER].alias_bytes >= 0.99 * bytes_per_chip(there.gradients)
+    assert compiled[report.UPDATE].alias_bytes >= 0.99 * bytes_per_chip(there.state)
+    said = report.summary(plan, "tiny")
+    assert said["fits"] is True
+    assert said["predicted_step_s"] == pytest.approx(
+        sum(compiled[name].step_s for name in (report.LEARNER, report.UPDATE)), abs=1e-3
+    )

@@ -54,10 +54,20 @@ def test_every_program_of_every_shipped_pod_traces_without_weights_or_chips(read
         assert (traced["decode"].kernel > 0) == (setup.run.engine.attention == "ragged")
 
 
+def test_a_step_in_parts_is_planned_as_the_programs_that_run(setup, read_config):
+    """`TrainStep.add` multiplies what the whole step does, `TrainStep.update` nothing; the sums lie there between."""
+    changes = {"topology": "v5e:2x2", "mesh.fsdp": 4, "batch.micro_rows": 4, "batch.parts": 2}
+    parts = programs.setup(read_config("quickstart", **changes), compiler=False)
+    whole, *others = (trace(program).flops for program in programs.programs(setup))
+    add, update, *rest = (trace(program).flops for program in programs.programs(parts))
+    assert (add, update.total, rest) == (whole, 0, others)
+    assert programs.resident(setup).gradients is None
+    there = programs.resident(parts)
+    assert bytes_per_chip(there.gradients) == bytes_per_chip(there.state.params)
+
+
 def test_the_engine_s_kernel_reads_the_context_of_every_row(read_config):
-    changes = {
-        "engine.context": 8192, "engine.pages": 4096, "batch.row_tokens": 8192, "batch.shorter_rows": (),
-    }  # fmt: skip
+    changes = {"engine.context": 8192, "engine.pages": 4096, "batch.row_tokens": 8192}
     setup = programs.setup(read_config("deepresearcher_7b_v5p128", **changes), compiler=False)
     decode = next(program for program in programs.programs(setup) if program.name == "decode")
     assert decode.paged.hbm_bytes == 16 * 64 * 8192 * 57_344 / 4  # steps, rows, positions, bytes of one, chips

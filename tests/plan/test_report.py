@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -83,6 +84,28 @@ def test_a_step_faster_than_the_chips_is_our_mistake(plan):
     quick = {name: Compiled(seconds=dict.fromkeys(TERMS, 1.0)) for name in plan.programs}
     with pytest.raises(AssertionError, match="was not read whole"):
         report.mfu(report.Plan(plan.setup, plan.resident, plan.programs, plan.traced, quick))
+
+
+def test_a_step_in_parts_takes_the_time_of_both_programs_and_keeps_its_gradients(plan, read_config):
+    run = read_config("deepresearcher_7b", **{"batch.parts": 16})
+    setup = programs.setup(run, compiler=False)
+    parts = report.make(setup, compiler=False)
+    assert list(parts.programs)[:2] == [report.LEARNER, report.UPDATE]
+    before, after = report.hbm_gib(plan), report.hbm_gib(parts)
+    assert after["gradients"] == after["params"]
+    assert after["total"] == pytest.approx(before["total"] + after["gradients"])
+    took_s = {report.LEARNER: 9e3, report.UPDATE: 1e3}
+    each = {
+        name: Compiled(
+            seconds=dict.fromkeys(TERMS, 0.0) | {"matrix": took_s.get(name, 1.0)},
+            collectives={"all-gather": (3, 5e9)},
+        )
+        for name in parts.programs
+    }
+    said = report.summary(dataclasses.replace(parts, compiled=each), "")
+    assert (said["predicted_step_s"], said["collective_gb_per_chip"]) == (1e4, 10)
+    per_chip_flops = report.model_flops(setup) / 4
+    assert said["predicted_mfu"] == pytest.approx(per_chip_flops / (1e4 * setup.piece.chip.flops_per_s), abs=1e-4)
 
 
 def test_every_array_is_listed_with_its_letters_and_placement(plan):
