@@ -119,7 +119,6 @@ def resident(s: Setup) -> Resident:
     run, optim, dtype = s.run, assemble.optim(s.run), jnp.dtype(s.run.model.dtype)
     rows = NamedSharding(s.learner, letters.spec("bt", s.rules.activations))
     shape = (run.batch.rows, run.batch.row_tokens)
-    pages = run.engine.pages or cache.enough(run.engine.slots, run.engine.context)
     return Resident(
         state=abstract_state(s.model, optim, s.learner, s.rules),
         reference=_params(s.model, dtype, s.learner, s.rules) if run.grpo.kl_coef else None,
@@ -129,8 +128,8 @@ def resident(s: Setup) -> Resident:
         gradients=_params(s.model, jnp.dtype("float32"), s.learner, s.rules) if run.batch.parts > 1 else None,
         engine_params=_engine_params(s, dtype),
         kv_cache=decode.abstract_pool(
-            s.model, pages=pages, page_tokens=cache.PAGE, attention=run.engine.attention, dtype=dtype, mesh=s.engine,
-            rules=letters.DEFAULT_RULES,
+            s.model, pages=_pages(s), page_tokens=cache.PAGE, attention=run.engine.attention, dtype=dtype,
+            mesh=s.engine, rules=letters.DEFAULT_RULES,
         ),
     )  # fmt: skip
 
@@ -206,15 +205,21 @@ def _attention(s: Setup) -> kernels.Attention | None:
 
 
 def _paged(s: Setup, rows: int, tokens: int, steps: int = 1) -> Work | None:
-    """What the engine's kernel does on one chip, every row at full context; None where there is no kernel."""
+    """What the engine's kernel does on one chip, as many rows at full context as there are pages for; None where there
+    is no kernel."""
     settings, model = s.run.engine, s.model
     if settings.attention != "ragged":
         return None
+    rows = min(rows, _pages(s) * cache.PAGE // settings.context)
     times = steps * model.num_layers / settings.tensor
     positions = times * ragged.fetched(rows, tokens, settings.context)
     per_position = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(s.run.model.dtype).itemsize
     scores = times * rows * tokens * settings.context
     return Work(flops=4 * scores * model.num_heads * model.head_dim, hbm_bytes=positions * per_position)
+
+
+def _pages(s: Setup) -> int:
+    return s.run.engine.pages or cache.enough(s.run.engine.slots, s.run.engine.context)
 
 
 def _engine_params(s: Setup, dtype: Any) -> Params:

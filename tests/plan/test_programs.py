@@ -66,11 +66,12 @@ def test_a_step_in_parts_is_planned_as_the_programs_that_run(setup, read_config)
     assert bytes_per_chip(there.gradients) == bytes_per_chip(there.state.params)
 
 
-def test_the_engine_s_kernel_reads_the_context_of_every_row(read_config):
-    changes = {"engine.context": 8192, "engine.pages": 4096, "batch.row_tokens": 8192}
+@pytest.mark.parametrize(("pages", "rows"), [(0, 64), (4096, 64), (1024, 16)])
+def test_the_engine_s_kernel_reads_the_context_of_every_row_that_has_pages(read_config, pages, rows):
+    changes = {"engine.context": 8192, "engine.pages": pages, "batch.row_tokens": 8192}
     setup = programs.setup(read_config("deepresearcher_7b_v5p128", **changes), compiler=False)
     decode = next(program for program in programs.programs(setup) if program.name == "decode")
-    assert decode.paged.hbm_bytes == 16 * 64 * 8192 * 57_344 / 4  # steps, rows, positions, bytes of one, chips
+    assert decode.paged.hbm_bytes == 16 * rows * 8192 * 57_344 / 4  # steps, rows, positions, bytes of one, chips
 
 
 @pytest.mark.parametrize(
