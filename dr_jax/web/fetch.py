@@ -15,7 +15,7 @@ from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
 from dr_jax.web.breaker import Breaker
 from dr_jax.web.guard import AddressPolicy, Hosts, Lookup, admit, check_hosts, domain, site_name, system_lookup
-from dr_jax.web.http import Timeouts, failure_of, open_session, read_body, retry, retry_after_s
+from dr_jax.web.http import Timeouts, failure_of, open_session, pause_s, read_body, retry_after_s
 from dr_jax.web.page import Response
 from dr_jax.web.politeness import Gate, Manners
 from dr_jax.web.robots import MAX_BYTES, Robots
@@ -131,8 +131,8 @@ class Fetcher:
         self, url: str | URL, want: _Want, clock: _Clock, *, hops: int = 0, leaves: bool = True
     ) -> Response | Moved | Failure:
         step: str | URL | Response | Failure = url
-        home = ""
-        for hop in range(hops, self._limits.max_redirects + 1):
+        home, limits = "", self._limits
+        for hop in range(hops, limits.max_redirects + 1):
             target = admit(step, self._policy, self._hosts)
             if isinstance(target, Failure):
                 return target
@@ -145,16 +145,21 @@ class Fetcher:
             delay_s = 0.0 if own else await self._delay_s(target, want, clock)
             if isinstance(delay_s, Failure):
                 return delay_s
-            step = await retry(
-                functools.partial(self._gate.turn, site, self._ask, site, target, want, clock, delay_s=delay_s),
-                retryable=_retryable,
-                retries=self._limits.retries,
-                backoff_s=self._limits.backoff_s,
-                max_wait_s=self._limits.max_wait_s,
-            )
+            turn = 0  # as `http.retry`, which would be one more coroutine to every page
+            while True:
+                step = await self._gate.turn(site, self._ask, site, target, want, clock, delay_s=delay_s)
+                if not isinstance(step, Failure) or not _retryable(step):
+                    break
+                wait_s = pause_s(
+                    step, turn, retries=limits.retries, backoff_s=limits.backoff_s, max_wait_s=limits.max_wait_s
+                )
+                if wait_s is None:
+                    break
+                await asyncio.sleep(wait_s)
+                turn += 1
             if not isinstance(step, URL):
                 return step
-        return Failure(FailureKind.REDIRECTS, f"more than {self._limits.max_redirects}")
+        return Failure(FailureKind.REDIRECTS, f"more than {limits.max_redirects}")
 
     async def _delay_s(self, url: URL, want: _Want, clock: _Clock) -> float | Failure:
         """Seconds between two starts at this site, or why `url` must not be asked for at all."""
