@@ -71,7 +71,7 @@ class Limits:
             raise ConfigError(f"limits.max_wait_s: {self.max_wait_s} is not a positive number of seconds")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Clock:
     """Network seconds left to one fetch, all hops and retries together."""
 
