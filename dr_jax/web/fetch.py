@@ -15,7 +15,7 @@ from dr_jax.errors import ConfigError
 from dr_jax.records import Failure, FailureKind
 from dr_jax.web.breaker import Breaker
 from dr_jax.web.guard import AddressPolicy, Hosts, Lookup, admit, check_hosts, domain, site_name, system_lookup
-from dr_jax.web.http import Timeouts, failure_of, open_session, read_body, retry, retry_after_s
+from dr_jax.web.http import Timeouts, failure_of, open_session, pause_s, read_body, retry_after_s
 from dr_jax.web.page import Response
 from dr_jax.web.politeness import Gate, Manners
 from dr_jax.web.robots import MAX_BYTES, Robots
@@ -71,7 +71,7 @@ class Limits:
             raise ConfigError(f"limits.max_wait_s: {self.max_wait_s} is not a positive number of seconds")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Clock:
     """Network seconds left to one fetch, all hops and retries together."""
 
@@ -131,28 +131,35 @@ class Fetcher:
         self, url: str | URL, want: _Want, clock: _Clock, *, hops: int = 0, leaves: bool = True
     ) -> Response | Moved | Failure:
         step: str | URL | Response | Failure = url
-        home = None
-        for hop in range(hops, self._limits.max_redirects + 1):
+        home, limits = "", self._limits
+        for hop in range(hops, limits.max_redirects + 1):
             target = admit(step, self._policy, self._hosts)
             if isinstance(target, Failure):
                 return target
-            home = home or domain(target.raw_host)
-            if not leaves and domain(target.raw_host) != home:
-                return Moved(str(target), hop)
-            own = not self._manners.toward_hosts and site_name(target.raw_host) in self._hosts
+            if not leaves:
+                home = home or domain(target.raw_host)
+                if domain(target.raw_host) != home:
+                    return Moved(str(target), hop)
+            site = site_name(target.raw_host)
+            own = not self._manners.toward_hosts and site in self._hosts
             delay_s = 0.0 if own else await self._delay_s(target, want, clock)
             if isinstance(delay_s, Failure):
                 return delay_s
-            step = await retry(
-                functools.partial(self._ask, target, want, clock, delay_s),
-                retryable=_retryable,
-                retries=self._limits.retries,
-                backoff_s=self._limits.backoff_s,
-                max_wait_s=self._limits.max_wait_s,
-            )
+            turn = 0  # as `http.retry`, which would be one more coroutine to every page
+            while True:
+                step = await self._gate.turn(site, self._ask, site, target, want, clock, delay_s=delay_s)
+                if not isinstance(step, Failure) or not _retryable(step):
+                    break
+                wait_s = pause_s(
+                    step, turn, retries=limits.retries, backoff_s=limits.backoff_s, max_wait_s=limits.max_wait_s
+                )
+                if wait_s is None:
+                    break
+                await asyncio.sleep(wait_s)
+                turn += 1
             if not isinstance(step, URL):
                 return step
-        return Failure(FailureKind.REDIRECTS, f"more than {self._limits.max_redirects}")
+        return Failure(FailureKind.REDIRECTS, f"more than {limits.max_redirects}")
 
     async def _delay_s(self, url: URL, want: _Want, clock: _Clock) -> float | Failure:
         """Seconds between two starts at this site, or why `url` must not be asked for at all."""
@@ -169,39 +176,33 @@ class Fetcher:
         assert not isinstance(answer, Moved)
         return answer if isinstance(answer, Failure) else answer.body
 
-    async def _ask(self, url: URL, want: _Want, clock: _Clock, delay_s: float) -> Response | URL | Failure:
-        """The answer of one server, when it is our turn there; a URL where it redirects."""
-        site = site_name(url.raw_host)
-        return await self._gate.turn(site, self._ask_now, site, url, want, clock, delay_s=delay_s)
-
-    async def _ask_now(self, site: str, url: URL, want: _Want, clock: _Clock) -> Response | URL | Failure:
+    async def _ask(self, site: str, url: URL, want: _Want, clock: _Clock) -> Response | URL | Failure:
+        """The answer of one server, now that it is our turn there; a URL where it redirects."""
         if refusal := self._breaker.admit(site):
             return refusal
-        answer = await self._exchange(url, want, clock)
-        failure = answer if isinstance(answer, Failure) else None
-        if failure and failure.retry_after_s is not None:
-            self._gate.hold(site, failure.retry_after_s)
-        # A site that limits our rate is alive.
-        broken = failure and failure.infrastructure and failure.kind is not FailureKind.RATE_LIMITED
-        self._breaker.record(site, failed=bool(broken))
-        return answer
-
-    async def _exchange(self, url: URL, want: _Want, clock: _Clock) -> Response | URL | Failure:
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         ends_s = started_s + clock.left_s
         try:
-            async with asyncio.timeout_at(min(ends_s, started_s + self._limits.timeouts.response_s)) as deadline:
-                response = await self._session.get(url, allow_redirects=False, headers=want.headers)
-                async with response:
+            async with (
+                asyncio.timeout_at(min(ends_s, started_s + self._limits.timeouts.response_s)) as deadline,
+                self._session.get(url, allow_redirects=False, headers=want.headers) as response,
+            ):
+                if not response.content.is_eof():  # there is something to wait for
                     deadline.reschedule(ends_s)
-                    return await self._read(url, want, response)
+                answer = await self._read(url, want, response)
         # The border: hostile input made aiohttp and yarl raise IndexError, AssertionError, LookupError and more, and
         # one page must never end a rollout.
         except Exception as error:  # noqa: BLE001
-            return failure_of(error)
+            answer = failure_of(error)
         finally:
             clock.left_s = ends_s - loop.time()
+        if isinstance(answer, Failure) and answer.retry_after_s is not None:
+            self._gate.hold(site, answer.retry_after_s)
+        # A site that limits our rate is alive.
+        broken = isinstance(answer, Failure) and answer.infrastructure and answer.kind is not FailureKind.RATE_LIMITED
+        self._breaker.record(site, failed=broken)
+        return answer
 
     async def _read(self, url: URL, want: _Want, response: aiohttp.ClientResponse) -> Response | URL | Failure:
         status = response.status

@@ -189,14 +189,19 @@ async def retry(
 ) -> T | Failure:
     """The first answer that is not a retryable failure, or the last failure. Waits `backoff_s`, doubling, with jitter,
     or what the server asked for; a server that asks for more than `max_wait_s` is not asked again."""
-    for turn in range(retries + 1):
-        answer = await attempt()
-        if not isinstance(answer, Failure) or turn == retries or not retryable(answer):
-            return answer
-        wait_s = backoff_s * 2**turn * random.uniform(0.5, 1.5)
-        if answer.retry_after_s is not None:
-            wait_s = max(wait_s, answer.retry_after_s)
-        if wait_s > max_wait_s:
-            return answer
+    turn = 0
+    while isinstance(answer := await attempt(), Failure) and retryable(answer):
+        wait_s = pause_s(answer, turn, retries=retries, backoff_s=backoff_s, max_wait_s=max_wait_s)
+        if wait_s is None:
+            break
         await asyncio.sleep(wait_s)
-    raise AssertionError("the last turn returns")
+        turn += 1
+    return answer
+
+
+def pause_s(failure: Failure, turn: int, *, retries: int, backoff_s: float, max_wait_s: float) -> float | None:
+    """Seconds to wait after `failure`, which `turn` others came before; None where it is the last answer."""
+    if turn == retries:
+        return None
+    wait_s = max(backoff_s * 2**turn * random.uniform(0.5, 1.5), failure.retry_after_s or 0.0)
+    return None if wait_s > max_wait_s else wait_s

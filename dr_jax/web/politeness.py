@@ -60,7 +60,7 @@ class Gate:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ):
         self._slots = asyncio.Semaphore(max_concurrent)
-        self._turn_ends_s: float | None = None  # on the event loop's clock; None before its first start
+        self._turn_ends_s: float | None = None  # of the event loop's turn; None before its first start
         self._max_per_site, self._max_wait_s = max_per_site, max_wait_s
         self._clock, self._sleep = clock, sleep
         self._sites: dict[str, _Site] = {}
@@ -74,10 +74,12 @@ class Gate:
         site = self._site(name)
         site.visitors += 1
         try:
-            if self._is_free(site) and not self._turn_is_over():  # nothing here waits, and a timer is most of the cost
+            now_s = self._clock()
+            # Nothing here waits, and a timer is most of the cost.
+            if self._is_free(site, now_s) and not self._turn_is_over(now_s):
                 await site.turns.acquire()
                 await self._slots.acquire()
-                site.next_s = self._clock() + delay_s
+                site.next_s = now_s + delay_s
             elif refusal := await self._enter(site, delay_s):
                 return refusal
             try:
@@ -98,7 +100,7 @@ class Gate:
         try:
             async with asyncio.timeout(self._max_wait_s), contextlib.AsyncExitStack() as undo:
                 await undo.enter_async_context(site.turns)
-                while self._turn_is_over():  # noqa: ASYNC110 - a turn of the loop is all there is to wait for
+                while self._turn_is_over(self._clock()):  # noqa: ASYNC110 - a turn of the loop is all there is to wait for
                     await asyncio.sleep(0)
                 async with site.door:
                     if refusal := await self._until_open(site):
@@ -110,21 +112,20 @@ class Gate:
             return Failure(FailureKind.RATE_LIMITED, f"no turn in {self._max_wait_s:g} s of waiting")
         return None
 
-    def _turn_is_over(self) -> bool:
+    def _turn_is_over(self, now_s: float) -> bool:
         """Whether requests that begin at once should give the event loop its turn before the next one."""
-        loop = asyncio.get_running_loop()
         if self._turn_ends_s is None:
-            self._turn_ends_s = loop.time() + _TURN_S
-            loop.call_soon(self._end_turn)
+            self._turn_ends_s = now_s + _TURN_S
+            asyncio.get_running_loop().call_soon(self._end_turn)
             return False
-        return loop.time() >= self._turn_ends_s
+        return now_s >= self._turn_ends_s
 
     def _end_turn(self) -> None:
         self._turn_ends_s = None
 
-    def _is_free(self, site: _Site) -> bool:
+    def _is_free(self, site: _Site, now_s: float) -> bool:
         crowded = site.turns.locked() or site.door.locked() or self._slots.locked()
-        return not crowded and max(site.next_s, site.held_s) <= self._clock()
+        return not crowded and site.next_s <= now_s and site.held_s <= now_s
 
     async def _until_open(self, site: _Site) -> Failure | None:
         while (wait_s := max(site.next_s, site.held_s) - self._clock()) > 0:
