@@ -74,9 +74,9 @@ class Gate:
         site = self._site(name)
         site.visitors += 1
         try:
-            now_s = self._clock()
-            # Nothing here waits, and a timer is most of the cost.
-            if self._is_free(site, now_s) and not self._turn_is_over(now_s):
+            while (free := self._is_free(site, now_s := self._clock())) and self._turn_is_over(now_s):  # noqa: ASYNC110
+                await asyncio.sleep(0)  # a turn of the loop is all there is to wait for
+            if free:  # no timer, which is most of the cost
                 await site.turns.acquire()
                 await self._slots.acquire()
                 site.next_s = now_s + delay_s
@@ -100,7 +100,7 @@ class Gate:
         try:
             async with asyncio.timeout(self._max_wait_s), contextlib.AsyncExitStack() as undo:
                 await undo.enter_async_context(site.turns)
-                while self._turn_is_over(self._clock()):  # noqa: ASYNC110 - a turn of the loop is all there is to wait for
+                while self._turn_is_over(self._clock()):  # noqa: ASYNC110
                     await asyncio.sleep(0)
                 async with site.door:
                     if refusal := await self._until_open(site):
