@@ -37,6 +37,11 @@ def extend_hash(parent: bytes, tokens: np.ndarray) -> bytes:
     return hashlib.blake2b(parent + np.ascontiguousarray(tokens, np.int32).tobytes(), digest_size=16).digest()
 
 
+def _beginning(parent: bytes, tokens: np.ndarray) -> tuple[bytes, int]:
+    """What pages have in common of which one can begin like another: all before them, and their first token."""
+    return parent, int(tokens[0])
+
+
 class Pages:
     """All pages of a pool: `count` that can be given out, numbered from 1, each of `size` tokens."""
 
@@ -44,7 +49,7 @@ class Pages:
         self.size = size
         self._unused = list(range(count, 0, -1))
         self._full: dict[bytes, Page] = {}  # by `Page.hash`
-        self._children: dict[bytes, dict[int, Page]] = {}  # pages to be found, by `Page.parent`
+        self._children: dict[tuple[bytes, int], dict[int, Page]] = {}  # pages to be found, see `_beginning`
         self._idle: collections.OrderedDict[int, Page] = collections.OrderedDict()  # held by nobody, oldest first
 
     @property
@@ -64,7 +69,8 @@ class Pages:
     def closest(self, parent: bytes, tokens: np.ndarray) -> tuple[Page | None, int]:
         """(the page after `parent` that begins like `tokens` the longest, by how many): it has them, or will."""
         best, most = None, 0
-        for page in self._children.get(parent, {}).values():
+        alike = self._children.get(_beginning(parent, tokens), {}) if len(tokens) else {}
+        for page in alike.values():
             known = page.tokens[: page.filled] if page.filler is None else page.tokens
             width = min(len(known), len(tokens))
             same = known[:width] == tokens[:width]
@@ -87,10 +93,11 @@ class Pages:
         return Page(self._unused.pop(), parent, tokens, filler=filler)
 
     def show(self, page: Page) -> None:
-        """Lets others find `page`; by its hash too once it is full of known tokens, unless another page has it."""
-        if not page.found:
+        """Lets others find `page`, if it has tokens; by its hash too once it is full of known ones, unless another page
+        has it."""
+        if not page.found and len(page.tokens):
             page.found = True
-            self._children.setdefault(page.parent, {})[page.index] = page
+            self._children.setdefault(_beginning(page.parent, page.tokens), {})[page.index] = page
         if len(page.tokens) == self.size and not page.hash:
             hash_ = extend_hash(page.parent, page.tokens)
             if self._full.setdefault(hash_, page) is page:
@@ -100,10 +107,11 @@ class Pages:
         """Nobody finds `page` any more; who holds it goes on."""
         if page.found:
             page.found = False
-            siblings = self._children[page.parent]
+            beginning = _beginning(page.parent, page.tokens)
+            siblings = self._children[beginning]
             del siblings[page.index]
             if not siblings:
-                del self._children[page.parent]
+                del self._children[beginning]
         if page.hash:
             del self._full[page.hash]
             page.hash = ROOT
