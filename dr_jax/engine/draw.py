@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dr_jax.engine.noise import gumbel
+
 
 class Draw(NamedTuple):
     """How each row is drawn; arrays [b]."""
@@ -39,7 +41,7 @@ def draw(logits_bv: jax.Array, how: Draw) -> tuple[jax.Array, jax.Array]:
     noisy_bv = jax.lax.cond(
         jnp.all(greedy_b),
         lambda x_bv: x_bv,
-        lambda x_bv: jnp.where(greedy_b[:, None], x_bv, x_bv + _gumbel(how.seed_b, how.index_b, x_bv.shape[1])),
+        lambda x_bv: jnp.where(greedy_b[:, None], x_bv, x_bv + gumbel(how.seed_b, how.index_b, x_bv.shape[1])),
         kept_bv,
     )
     token_b = _argmax(noisy_bv)
@@ -51,13 +53,6 @@ def _argmax(x_bv: jax.Array) -> jax.Array:
     v = x_bv.shape[1]
     greatest_bv = x_bv == x_bv.max(axis=-1, keepdims=True)
     return jnp.where(greatest_bv, jnp.arange(v, dtype=jnp.int32)[None], v - 1).min(axis=-1)
-
-
-def _gumbel(seed_b: jax.Array, index_b: jax.Array, v: int) -> jax.Array:
-    def one(seed: jax.Array, index: jax.Array) -> jax.Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), index), (v,))
-
-    return jax.vmap(one)(seed_b, index_b)
 
 
 def truncate(logp_bv: jax.Array, top_p_b: jax.Array, top_k_b: jax.Array) -> jax.Array:
