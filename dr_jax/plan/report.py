@@ -238,8 +238,11 @@ def _program(plan: Plan, name: str) -> dict[str, Any]:
 
 
 def _read_bytes(program: Program) -> int:
-    """Bytes that one chip must read at the least: all arguments, once a pass."""
-    return program.reads * sum(bytes_per_chip(tree) for tree in program.args)
+    """Bytes that one chip must read at the least: all arguments, once a pass; of the cache what its rows have there."""
+    read = [program.reads * bytes_per_chip(tree) for tree in program.args]
+    if program.paged:
+        read[1] = min(read[1], int(program.paged.hbm_bytes))
+    return sum(read)
 
 
 def _program_lines(plan: Plan) -> list[str]:

@@ -115,3 +115,12 @@ def test_every_array_is_listed_with_its_letters_and_placement(plan):
     assert rows["engine/blocks/mlp/down"].endswith("bfloat16[28,18944,3584] lfd (-, tensor, fsdp) 950,534,144")
     assert rows["cache"].endswith("bfloat16[114716,128,8,128] pskh (-, -, tensor, -) 7,518,027,776")
     assert rows["batch/token_bt"].endswith("int32[4096,32768] bt (data+fsdp, -) 134,217,728")
+
+
+def test_the_floor_of_decode_reads_no_more_of_the_cache_than_its_rows_have(read_config):
+    changes = {"engine.context": 8192, "engine.pages": 4096, "engine.slots": 16, "batch.row_tokens": 8192}
+    made = report.make(programs.setup(read_config("deepresearcher_7b", **changes), compiler=False), compiler=False)
+    each = {name: Compiled(seconds=dict.fromkeys(TERMS, 1e5)) for name in made.programs}
+    said = report.summary(dataclasses.replace(made, compiled=each), "")["programs"]["decode"]
+    weights, of_rows = 16 * report.bytes_per_chip(made.resident.engine_params), 16 * 16 * 8192 * 57_344 / 4
+    assert said["roofline_s"] == pytest.approx((weights + of_rows) / 2765e9, rel=1e-3)
