@@ -44,7 +44,7 @@ class Costs:
     rows: tuple[int, ...] = (32768,)  # lengths of the learner's rows, in tokens, rising
     # tools/plan.py for this slice: matrix, memory and exposed, then kernels, of 64 micro-batches of a full row a chip
     # (docs/sharding.md).
-    learner_token_s: float = (311.5980 + 18.2103 + 8.5721) / (64 * 32768)
+    learner_token_s: float = (311.5980 + 18.2105 + 8.5721) / (64 * 32768)
     learner_pair_s: float = 143.0288 / (64 * block_pairs([32768], 32768))
 
     @functools.cached_property
